@@ -1,0 +1,1 @@
+"""Build time: Hugging Face checkpoint → ONNX → engine → Triton model repository."""

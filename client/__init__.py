@@ -1,0 +1,1 @@
+"""Talking to a served model: typed clients (sync and asyncio) and the server's launcher."""

@@ -1,0 +1,1 @@
+"""Serve time: requests in, tokens out. Scheduler, KV cache, executors, sampler, Triton adapter."""

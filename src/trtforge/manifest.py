@@ -1,0 +1,103 @@
+"""The one contract between build and serve: `manifest.json` beside a built model.
+
+Everything the runtime knows about a model it reads here; it never looks at the Hugging Face config.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trtforge.errors import ConfigError
+
+MANIFEST_FILE = "manifest.json"
+SCHEMA_VERSION: Literal[1] = 1
+
+Runtime = Literal["openvino", "tensorrt", "tensorrt-rtx", "reference", "fake"]
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LayerCache(_Frozen):
+    """What one layer keeps for each token: keys and values of [num_kv_heads, head_dim]."""
+
+    num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+
+
+class KVCacheLayout(_Frozen):
+    """The paged cache: `num_blocks` blocks of `block_size` tokens in every layer."""
+
+    dtype: DType
+    block_size: int = Field(gt=0)
+    num_blocks: int = Field(gt=0)
+    layers: tuple[LayerCache, ...] = Field(min_length=1)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token occupies over all layers, keys and values together."""
+        size = 4 if self.dtype == "float32" else 2
+        return sum(2 * layer.num_kv_heads * layer.head_dim * size for layer in self.layers)
+
+
+class ModelInfo(_Frozen):
+    """What the served model is."""
+
+    name: str
+    architecture: str
+    vocab_size: int = Field(gt=0)
+    num_parameters: int = Field(gt=0)
+    eos_token_ids: tuple[int, ...]
+
+
+class Limits(_Frozen):
+    """Bounds of a step and of a sequence; all in tokens but `max_num_seqs`."""
+
+    max_model_len: int = Field(gt=0)
+    max_num_seqs: int = Field(gt=0)
+    max_num_batched_tokens: int = Field(gt=0)
+
+
+class Rank(_Frozen):
+    """Files of one rank, relative to the manifest's folder."""
+
+    onnx: str
+
+
+class Manifest(_Frozen):
+    """A built model. `files` maps every file of the build to its size in bytes."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    trtforge_version: str
+    build_key: str
+    runtime: Runtime
+    dtype: DType
+    model: ModelInfo
+    kv_cache: KVCacheLayout
+    limits: Limits
+    ranks: tuple[Rank, ...]
+    tokenizer: str = "tokenizer"
+    files: dict[str, int]
+
+    def save(self, folder: Path) -> None:
+        """Write `folder`/manifest.json."""
+        (folder / MANIFEST_FILE).write_text(self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read `folder`/manifest.json.
+
+        Raises ConfigError if it is missing or was not written by this version's builder.
+        """
+        path = folder / MANIFEST_FILE
+        try:
+            return cls.model_validate_json(path.read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"{path} does not exist: build the model with build-engine first") from None
+        except ValidationError as error:
+            raise ConfigError(f"{path} is not a manifest this version reads, rebuild it: {error}") from None

@@ -1,0 +1,91 @@
+"""Names, dtypes and dims of every tensor that crosses a boundary, declared once.
+
+Two boundaries exist: the model graph (builder writes it, every runtime executes it) and the Triton
+model (config.pbtxt is generated from these tables, the adapter parses and the clients send them).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# --------------------------------------------------------------------------- the model graph
+# T tokens of B sequences are packed on one axis; R rows of logits are asked for.
+
+
+@dataclass(frozen=True, slots=True)
+class GraphTensor:
+    """One input of the packed graph. `dims` holds symbolic names and fixed sizes."""
+
+    name: str
+    dtype: str
+    dims: tuple[str | int, ...]
+
+
+GRAPH_INPUTS: tuple[GraphTensor, ...] = (
+    GraphTensor("input_ids", "int32", ("T",)),
+    GraphTensor("position_ids", "int32", ("T",)),
+    GraphTensor("block_tables", "int32", ("B", "max_blocks")),
+    GraphTensor("cu_seqlens", "int32", ("B_plus_1",)),
+    # Tokens of each sequence that attention sees, the new ones included.
+    GraphTensor("context_lens", "int32", ("B",)),
+    # Flat cache slot (block * block_size + offset) of every new token; negative: do not store.
+    GraphTensor("slot_mapping", "int32", ("T",)),
+    # Rows of the token axis whose logits are wanted.
+    GraphTensor("logits_indices", "int32", ("R",)),
+)
+LOGITS = "logits"  # float32 [R, vocab_size]
+
+
+def kv_cache_input(layer: int) -> str:
+    """Name of a layer's cache input, [num_blocks, 2, block_size, num_kv_heads, head_dim]."""
+    return f"kv_cache.{layer}"
+
+
+def kv_cache_output(layer: int) -> str:
+    """Name of the same cache after the step; runtimes bind it to the input's memory."""
+    return f"kv_cache_out.{layer}"
+
+
+# --------------------------------------------------------------------------- the Triton model
+
+
+@dataclass(frozen=True, slots=True)
+class TritonTensor:
+    """One tensor of the served model; `data_type` is Triton's name without the TYPE_ prefix."""
+
+    name: str
+    data_type: str
+    dims: tuple[int, ...] = (1,)
+    optional: bool = True
+
+
+# Exactly one of text_input and input_ids has to be given. Names follow the TensorRT-LLM ensemble, the
+# vLLM backend (sampling_parameters, return_finish_reason) and the plain token interface (input_ids).
+REQUEST_TENSORS: tuple[TritonTensor, ...] = (
+    TritonTensor("text_input", "STRING"),
+    TritonTensor("input_ids", "INT32", (-1,)),
+    TritonTensor("max_tokens", "INT32"),
+    TritonTensor("temperature", "FP32"),
+    TritonTensor("top_k", "INT32"),
+    TritonTensor("top_p", "FP32"),
+    TritonTensor("min_p", "FP32"),
+    TritonTensor("seed", "UINT64"),
+    TritonTensor("random_seed", "UINT64"),
+    TritonTensor("stop_words", "STRING", (-1,)),
+    TritonTensor("end_id", "INT32"),
+    TritonTensor("stream", "BOOL"),
+    TritonTensor("exclude_input_in_output", "BOOL"),
+    TritonTensor("return_finish_reason", "BOOL"),
+    TritonTensor("return_num_input_tokens", "BOOL"),
+    TritonTensor("return_num_output_tokens", "BOOL"),
+    TritonTensor("sampling_parameters", "STRING"),
+)
+
+# With stream=true text_output and output_ids hold what is new since the last response.
+RESPONSE_TENSORS: tuple[TritonTensor, ...] = (
+    TritonTensor("text_output", "STRING", (-1,)),
+    TritonTensor("output_ids", "INT32", (-1,)),
+    TritonTensor("finish_reason", "STRING", (-1,)),
+    TritonTensor("num_input_tokens", "INT32", (-1,)),
+    TritonTensor("num_output_tokens", "INT32", (-1,)),
+)
