@@ -59,11 +59,13 @@ class TritonTensor:
     optional: bool = True
 
 
-# Exactly one of text_input and input_ids has to be given. Names follow the TensorRT-LLM ensemble, the
-# vLLM backend (sampling_parameters, return_finish_reason) and the plain token interface (input_ids).
+# Exactly one of text_input, input_ids and messages has to be given. Names follow the TensorRT-LLM
+# ensemble, the vLLM backend (sampling_parameters, return_finish_reason) and the plain token interface
+# (input_ids). messages is a JSON list of {"role", "content"}: the server applies the chat template.
 REQUEST_TENSORS: tuple[TritonTensor, ...] = (
     TritonTensor("text_input", "STRING"),
     TritonTensor("input_ids", "INT32", (-1,)),
+    TritonTensor("messages", "STRING"),
     TritonTensor("max_tokens", "INT32"),
     TritonTensor("temperature", "FP32"),
     TritonTensor("top_k", "INT32"),
