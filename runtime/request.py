@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+# Why there was an error: the request itself, no room for it now, or the server.
+ErrorKind = Literal["request", "capacity", "server"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class GenerationOutput:
     """What one step added to one request.
 
     `text` and `token_ids` are new since the previous output. The last output of a request, and only
-    it, has a finish_reason; with finish_reason "error", `error` says why.
+    it, has a finish_reason; with finish_reason "error", `error` and `error_kind` say why.
     """
 
     request_id: str
@@ -47,6 +49,7 @@ class GenerationOutput:
     num_prompt_tokens: int
     num_generated_tokens: int  # so far, this output included
     error: str | None = None
+    error_kind: ErrorKind = "server"
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,11 @@ Runtime = Literal["openvino", "tensorrt", "tensorrt-rtx", "reference", "fake"]
 DType = Literal["float32", "bfloat16", "float16"]
 
 
+def element_bytes(dtype: DType) -> int:
+    """Bytes of one number."""
+    return 4 if dtype == "float32" else 2
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,8 +46,8 @@ class KVCacheLayout(_Frozen):
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token occupies over all layers, keys and values together."""
-        size = 4 if self.dtype == "float32" else 2
-        return sum(2 * layer.num_kv_heads * layer.head_dim * size for layer in self.layers)
+        num_elements = sum(2 * layer.num_kv_heads * layer.head_dim for layer in self.layers)
+        return num_elements * element_bytes(self.dtype)
 
 
 class ModelInfo(_Frozen):

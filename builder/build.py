@@ -1,0 +1,165 @@
+"""The build, from a checkpoint to a model's folder in a Triton model repository."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+import trtforge
+from trtforge.builder.checkpoint import Checkpoint
+from trtforge.builder.existing import find_existing
+from trtforge.builder.key import build_key
+from trtforge.builder.options import BuildOptions
+from trtforge.builder.plan import BuildPlan, make_plan, plan_kv_cache
+from trtforge.builder.report import BuildReport
+from trtforge.builder.repository import VERSION_FOLDER, install_triton_model
+from trtforge.builder.stages import Stages
+from trtforge.builder.staging import Staging, staging
+from trtforge.builder.tokenizer import write_tokenizer
+from trtforge.builder.verify import verify_graph
+from trtforge.errors import CapacityError, ConfigError, EngineBuildError
+from trtforge.manifest import KVCacheLayout, Manifest, ModelInfo, Rank, element_bytes
+
+if TYPE_CHECKING:
+    from trtforge.builder.export import ExportedModel
+
+RANK_FOLDER = "rank0"
+TOKENIZER_FOLDER = "tokenizer"
+# Room for all that is not weights: graph, tokenizer, reports.
+_OTHER_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class BuildResult:
+    """A model's folder in a repository. `cached`: it was there already and nothing had to be built."""
+
+    folder: Path
+    manifest: Manifest
+    report: BuildReport
+    cached: bool
+
+
+def build(options: BuildOptions, console: Console | None = None) -> BuildResult:
+    """Build the folder `options.output`/`options.name`, or find that exactly this build is there already.
+
+    It appears whole or not at all. Progress is shown on `console` if that is a terminal; otherwise each
+    stage is logged.
+
+    Raises ConfigError, ExportError or EngineBuildError for what cannot be built, and CapacityError if the
+    disk is too full or another process is building the same folder.
+    """
+    target = options.output.expanduser().resolve() / options.name
+    find_existing(target)  # refuses what must not be replaced before any work is done
+    try:
+        with staging(target) as area, Stages(console) as stages:
+            with stages.stage("open checkpoint"):
+                checkpoint = Checkpoint.open(options.model)
+                plan = make_plan(options, checkpoint.config, checkpoint.dtype)
+            with stages.stage("hash checkpoint"):
+                key = build_key(checkpoint.content_key(), plan)
+            cached = _reuse(target, key, options)
+            if cached is not None:
+                return cached
+            _check_disk_space(area.folder, checkpoint, plan)
+            manifest, report = _fill(area, checkpoint, plan, key, options.model, stages)
+            find_existing(target)  # again: building took a while
+            area.publish()
+    except OSError as error:
+        raise EngineBuildError(f"{target} could not be built: {error}") from error
+    return BuildResult(target, manifest, report, cached=False)
+
+
+def _reuse(target: Path, key: str, options: BuildOptions) -> BuildResult | None:
+    existing = find_existing(target)
+    if existing is None:
+        return None
+    if existing.build_key == key:
+        if not existing.is_intact():
+            return None
+        version = target / VERSION_FOLDER
+        return BuildResult(target, Manifest.load(version), BuildReport.load(version), cached=True)
+    if not options.force:
+        raise ConfigError(
+            f"{target} holds a build of another model, with other options or by another version: give "
+            "--force to replace it, or another --name"
+        )
+    return None
+
+
+def _check_disk_space(folder: Path, checkpoint: Checkpoint, plan: BuildPlan) -> None:
+    num_elements = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    needed_bytes = num_elements * element_bytes(plan.dtype) + _OTHER_BYTES
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise CapacityError(
+            f"the disk of {folder.parent.parent} has {free_bytes:,} bytes free, the build needs "
+            f"{needed_bytes:,}: make room, or give an --output on another disk"
+        )
+
+
+def _fill(
+    area: Staging, checkpoint: Checkpoint, plan: BuildPlan, key: str, source: str, stages: Stages
+) -> tuple[Manifest, BuildReport]:
+    """Make the model's whole folder in the staging area."""
+    version = area.folder / VERSION_FOLDER
+    with stages.stage("convert tokenizer"):
+        write_tokenizer(checkpoint.folder, version / TOKENIZER_FOLDER)
+    with stages.stage("export graph") as stage:
+        # Its imports take seconds, which a cache hit does without.
+        from trtforge.builder.export import ONNX_FILE, export_model, write_graph
+
+        exported = export_model(checkpoint, plan.dtype, on_stage=stage.describe)
+        kv_cache = plan_kv_cache(plan, exported.layers)
+    with stages.stage("write graph and weights") as stage:
+        write_graph(exported, version / RANK_FOLDER, on_bytes=stage.on_bytes)
+    graph = Path(RANK_FOLDER, ONNX_FILE)
+    with stages.stage("check graph"):
+        verify_graph(version / graph, len(exported.layers))
+    with stages.stage("flush to disk"):
+        area.flush()
+    manifest = _manifest(exported, plan, kv_cache, key, graph)
+    report = BuildReport.of(
+        manifest,
+        source=source,
+        num_nodes=exported.num_nodes,
+        weight_bytes=exported.weight_bytes,
+        stages=stages.records,
+    )
+    report.save(version)
+    sizes = {
+        path.relative_to(version).as_posix(): path.stat().st_size
+        for path in sorted(version.rglob("*"))
+        if path.is_file()
+    }
+    manifest = manifest.model_copy(update={"files": sizes})
+    install_triton_model(area.folder, manifest)
+    return manifest, report
+
+
+def _manifest(
+    exported: ExportedModel, plan: BuildPlan, kv_cache: KVCacheLayout, key: str, graph: Path
+) -> Manifest:
+    """The manifest of a build whose files are not all written yet."""
+    return Manifest(
+        trtforge_version=trtforge.__version__,
+        build_key=key,
+        runtime=plan.runtime,
+        dtype=plan.dtype,
+        model=ModelInfo(
+            name=plan.name,
+            architecture=exported.architecture,
+            vocab_size=exported.vocab_size,
+            num_parameters=exported.num_parameters,
+            eos_token_ids=exported.eos_token_ids,
+        ),
+        kv_cache=kv_cache,
+        limits=plan.limits,
+        ranks=(Rank(onnx=graph.as_posix()),),
+        tokenizer=TOKENIZER_FOLDER,
+        files={},
+    )

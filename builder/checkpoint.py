@@ -1,0 +1,179 @@
+"""A Hugging Face checkpoint on disk: its configuration, and where each tensor's bytes lie."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig
+
+from trtforge.errors import ConfigError, ExportError
+from trtforge.manifest import DType
+
+# Files of a hub repository that a build reads.
+_HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+_CONFIG_FILES = ("config.json", "generation_config.json", "*.jinja")
+_READ_BYTES = 1 << 24
+
+FLOAT_DTYPES: Mapping[str, DType] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor in a safetensors file: `nbytes` little-endian bytes from `offset`, in C order."""
+
+    file: Path
+    dtype: str  # the format's name, such as BF16
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An opened checkpoint; no weight has been read."""
+
+    folder: Path
+    config: Any  # transformers.PretrainedConfig
+    tensors: Mapping[str, TensorEntry]
+    dtype: DType  # that most of the weights have
+
+    @classmethod
+    def open(cls, model: str) -> Checkpoint:
+        """Open a local Hugging Face folder or, downloading what is missing, a hub id.
+
+        Raises ConfigError if there is no such model or it cannot be reached, and ExportError if its files
+        are of a kind that cannot be exported.
+        """
+        folder = Path(model)
+        if not folder.is_dir():
+            folder = _download(model)
+        config = _read_config(folder)
+        tensors = _read_index(folder)
+        return cls(folder, config, tensors, _common_dtype(folder, tensors))
+
+    def content_key(self) -> str:
+        """SHA-256, in hex, over the names and bytes of configuration, tokenizer and weights."""
+        files = {file for pattern in _CONFIG_FILES + _TOKENIZER_FILES for file in self.folder.glob(pattern)}
+        files |= {entry.file for entry in self.tensors.values()}
+        digest = hashlib.sha256()
+        for file in sorted(files):
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as stream:
+                while block := stream.read(_READ_BYTES):
+                    digest.update(block)
+        return digest.hexdigest()
+
+
+def _download(model: str) -> Path:
+    try:
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=list(_HUB_FILES)))
+    except HFValidationError:
+        raise ConfigError(f"{model} is neither a folder nor a model id of the Hugging Face hub") from None
+    except LocalEntryNotFoundError:
+        raise ConfigError(
+            f"{model} is not a local folder, and the Hugging Face hub cannot be reached to download it: "
+            "give the path of a folder with config.json and *.safetensors"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise ConfigError(f"{model} cannot be downloaded from the Hugging Face hub: {error}") from None
+
+
+def _read_config(folder: Path) -> Any:
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: {folder} is not a Hugging Face model folder") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    _refuse_quantized(values)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        model_type = values.get("model_type")
+        if "auto_map" in values:
+            raise ExportError(
+                f"model type {model_type!r} brings its own Python code, which is never run; only model types "
+                "that transformers implements can be exported"
+            ) from None
+        raise ExportError(f"transformers cannot read {path} (model type {model_type!r}): {error}") from None
+
+
+def _refuse_quantized(values: Mapping[str, Any]) -> None:
+    """transformers loads some quantized checkpoints without their scales and without an error."""
+    for scope in (values, values.get("text_config") or {}):
+        quantization = scope.get("quantization_config")
+        if quantization:
+            method = quantization.get("quant_method", "of unknown method")
+            raise ExportError(
+                f"the checkpoint is quantized ({method}), which is not supported yet: give the model in "
+                "float32, bfloat16 or float16"
+            )
+
+
+def _read_index(folder: Path) -> dict[str, TensorEntry]:
+    """Where each tensor is, from the headers of all safetensors files that belong to the model."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not names:
+        other = sorted(path.name for path in folder.glob("*.bin"))
+        if other:
+            raise ExportError(
+                f"{folder} has its weights in {other[0]}, which is not read because it can hold code: "
+                "convert it with transformers (from_pretrained, then save_pretrained writes safetensors)"
+            )
+        raise ConfigError(f"{folder} has no *.safetensors files")
+    tensors: dict[str, TensorEntry] = {}
+    for name in names:
+        tensors.update(_read_header((folder / name).resolve()))  # a hub download consists of links
+    return tensors
+
+
+def _read_header(file: Path) -> dict[str, TensorEntry]:
+    """The header of a safetensors file: 8 bytes of length, then JSON with dtypes, shapes and offsets."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size - 8:
+                raise ValueError(f"its header should have {length} bytes, the file has {size}")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        start = 8 + length
+        tensors = {}
+        for name, fields in header.items():
+            begin, end = fields["data_offsets"]
+            if start + end > size:
+                raise ValueError(f"{name} ends at byte {start + end}, the file has {size}")
+            shape = tuple(fields["shape"])
+            tensors[name] = TensorEntry(file, fields["dtype"], shape, start + begin, end - begin)
+        return tensors
+    except FileNotFoundError:
+        raise ConfigError(f"{file} does not exist, but the checkpoint's index names it") from None
+    except (ValueError, KeyError, struct.error) as error:
+        raise ConfigError(f"{file} is not a complete safetensors file: {error}") from None
+
+
+def _common_dtype(folder: Path, tensors: Mapping[str, TensorEntry]) -> DType:
+    sizes: Counter[str] = Counter()
+    for entry in tensors.values():
+        sizes[entry.dtype] += entry.nbytes
+    name = sizes.most_common(1)[0][0] if sizes else "nothing"
+    if name not in FLOAT_DTYPES:
+        raise ExportError(
+            f"{folder}: most weights are stored as {name}; supported are {', '.join(FLOAT_DTYPES)}"
+        )
+    return FLOAT_DTYPES[name]

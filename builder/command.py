@@ -1,0 +1,117 @@
+"""The command `build-engine`, which is `trtforge build` too."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from trtforge.builder.options import BuildOptions, DTypeChoice, RuntimeChoice, parse_bytes
+
+
+def build(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hugging Face model: a local folder or a hub id.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Triton model repository to build into.")],
+    name: Annotated[
+        str, typer.Option(help="Name of the model, and of its folder, in the repository.")
+    ] = "llm",
+    runtime: Annotated[
+        RuntimeChoice, typer.Option(help="What executes the model; auto picks openvino today.")
+    ] = "auto",
+    dtype: Annotated[
+        DTypeChoice, typer.Option(help="Of weights and KV cache; auto keeps the model's.")
+    ] = "auto",
+    tp: Annotated[int, typer.Option(help="Ranks that share every layer (only 1 today).")] = 1,
+    pp: Annotated[int, typer.Option(help="Ranks with some layers each (only 1 today).")] = 1,
+    fp8: Annotated[bool, typer.Option("--fp8", help="FP8 weights (not built yet).")] = False,
+    int4: Annotated[bool, typer.Option("--int4", help="INT4 weights (not built yet).")] = False,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of the longest sequence, prompt and answer; the model's own limit, at most 8192, "
+            "by default.",
+            show_default=False,
+        ),
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences in flight at once.")] = 256,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(help="Tokens of one step, prefill and decode together.")
+    ] = 2048,
+    block_size: Annotated[
+        int | None,
+        typer.Option(help="Tokens of one KV cache block; openvino has 32 only.", show_default=False),
+    ] = None,
+    kv_cache_bytes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Size of the KV cache, such as 512MiB or 2GiB; 1GiB, or what one longest sequence needs "
+            "if that is more, by default.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace another build that has the same name.")
+    ] = False,
+) -> None:
+    """Build a Hugging Face model into a Triton model repository.
+
+    OUTPUT/NAME appears whole or not at all. If exactly this build is there already, nothing is done.
+
+    \b
+    Examples:
+      build-engine ./SmolLM2-135M-Instruct --output repository
+      build-engine Qwen/Qwen3-0.6B -o repository --max-model-len 4096
+      build-engine ./model -o repository --kv-cache-bytes 2GiB --force
+
+    \b
+    Exit codes:
+      0  built, or there already
+      2  an option, a file or the place for the output cannot work
+      3  the model cannot be exported
+      4  the build failed
+      6  no room on the disk, or the same build is running: try again later
+    """
+    options = BuildOptions(
+        model=model,
+        output=output,
+        name=name,
+        runtime=runtime,
+        dtype=dtype,
+        tp=tp,
+        pp=pp,
+        fp8=fp8,
+        int4=int4,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+        kv_cache_bytes=None if kv_cache_bytes is None else parse_bytes(kv_cache_bytes),
+        force=force,
+    )
+    _quiet_tools()
+    progress = Console(stderr=True)
+    if not progress.is_terminal:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("trtforge").setLevel(logging.INFO)
+    with progress.status("loading transformers"):
+        # Only now: it takes seconds to import, and a wrong option is known without it.
+        from trtforge.builder import build as pipeline
+    result = pipeline.build(options, progress)
+    if result.cached:
+        print(f"{result.folder} is this build already (cache hit): nothing to do")
+        return
+    Console().print(result.report.tables())
+    print(f"built {result.folder}")
+
+
+def _quiet_tools() -> None:
+    """Keep remarks that torch makes about its own parts out of the build's output."""
+    logging.getLogger("torch.onnx._internal.exporter").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")

@@ -1,0 +1,110 @@
+"""A Hugging Face checkpoint as one packed, paged ONNX graph with its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common
+import torch
+from onnxscript import optimizer
+
+from trtforge.builder.checkpoint import Checkpoint
+from trtforge.builder.meta_model import build_meta_model
+from trtforge.builder.trace import WEIGHT_PREFIX, trace
+from trtforge.builder.weights import attach_weights, is_weight, locate_weights
+from trtforge.builder.weights_file import write_weights
+from trtforge.manifest import DType, LayerCache
+
+ONNX_FILE = "model.onnx"
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedModel:
+    """The graph and what a build has to know about it. Weights are read from the checkpoint's files."""
+
+    model: ir.Model
+    layers: tuple[LayerCache, ...]
+    vocab_size: int
+    num_parameters: int
+    weight_bytes: int
+    num_nodes: int
+    architecture: str
+    eos_token_ids: tuple[int, ...]
+
+
+def export_model(
+    checkpoint: Checkpoint, dtype: DType, *, on_stage: Callable[[str], None] | None = None
+) -> ExportedModel:
+    """Trace the model in `dtype` and attach the checkpoint's weights.
+
+    Peak memory does not depend on the model's size: tracing happens on the meta device. `on_stage` is told
+    what begins. Raises ExportError, naming the reason, for a model that cannot be expressed.
+    """
+    stage = on_stage or (lambda _: None)
+    stage("model")
+    hf = build_meta_model(checkpoint.config, getattr(torch, dtype))
+    sources = locate_weights(hf, checkpoint)
+    model, layers = trace(hf, getattr(torch, dtype), stage)
+    stage("optimize")
+    attach_weights(model.graph, sources, WEIGHT_PREFIX)
+    _optimize(model)
+    parameters = {id(parameter): parameter.numel() for parameter in hf.parameters()}
+    return ExportedModel(
+        model=model,
+        layers=layers,
+        vocab_size=int(model.graph.outputs[0].shape[1]),
+        num_parameters=sum(parameters.values()),
+        weight_bytes=sum(value.const_value.nbytes for value in model.graph.initializers.values()),
+        num_nodes=len(model.graph),
+        architecture=type(hf).__name__,
+        eos_token_ids=_eos_token_ids(checkpoint),
+    )
+
+
+def write_graph(
+    exported: ExportedModel, folder: Path, *, on_bytes: Callable[[int, int], None] | None = None
+) -> list[Path]:
+    """Write model.onnx and its weights, which it names relative to itself; returns the files.
+
+    The weights are copied, converted where the checkpoint stores another dtype, so that `folder` needs
+    nothing else. `on_bytes` is told how many bytes of weights are written, and of how many.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    onnx_file, weights_file = folder / ONNX_FILE, folder / WEIGHTS_FILE
+    weights = []
+    for value in exported.model.graph.initializers.values():
+        if is_weight(value):
+            weights.append(value)
+        else:  # torch's own tensors cannot be serialized
+            value.const_value = ir.Tensor(value.const_value.numpy(), dtype=value.dtype, name=value.name)
+    write_weights(weights, weights_file, on_bytes)
+    onnx_file.write_bytes(ir.to_proto(exported.model).SerializeToString())
+    return [onnx_file, weights_file]
+
+
+def _optimize(model: ir.Model) -> None:
+    def should_fold(node: ir.Node) -> bool | None:
+        # Folding would read a weight and write it again in another layout under another name.
+        return False if any(is_weight(value) for value in node.inputs) else None
+
+    optimizer.optimize_ir(model, should_fold=should_fold)
+    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(model)
+
+
+def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Tokens that end a text, from generation_config.json or else config.json."""
+    ids: Any = None
+    path = checkpoint.folder / "generation_config.json"
+    if path.is_file():
+        ids = json.loads(path.read_text()).get("eos_token_id")
+    if ids is None:
+        ids = checkpoint.config.get_text_config(decoder=True).eos_token_id
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, list) else (ids,)

@@ -1,0 +1,101 @@
+"""What `build-engine` is asked for: options, checked before any work is done."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+from typing_extensions import Self
+
+from trtforge.builder.repository import check_model_name
+from trtforge.errors import ConfigError
+
+RuntimeChoice = Literal["auto", "openvino", "tensorrt", "tensorrt-rtx"]
+DTypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
+
+# OpenVINO's paged attention on CPU has this block size compiled in.
+OPENVINO_BLOCK_SIZE = 32
+
+_UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_SIZE = re.compile(r"(\d+)\s*([A-Z]*)")
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "512MiB", "2GiB" or a plain number. Raises ConfigError."""
+    match = _SIZE.fullmatch(text.strip().upper())
+    if match is None or match[2] not in _UNITS:
+        raise ConfigError(
+            f"--kv-cache-bytes {text!r} is not a size: use a whole number of bytes, or one with KiB, MiB, "
+            "GiB or TiB, such as 512MiB"
+        )
+    return int(match[1]) * _UNITS[match[2]]
+
+
+class BuildOptions(BaseModel):
+    """Everything `build-engine` takes; None means that the builder chooses.
+
+    Raises ConfigError for values that cannot work whatever the model is, and for what is not built yet.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str  # local Hugging Face folder or hub id
+    output: Path  # the Triton model repository
+    name: str = "llm"
+    runtime: RuntimeChoice = "auto"
+    dtype: DTypeChoice = "auto"
+    tp: int = 1
+    pp: int = 1
+    fp8: bool = False
+    int4: bool = False
+    max_model_len: int | None = None  # tokens
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    block_size: int | None = None  # tokens
+    kv_cache_bytes: int | None = None
+    force: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_model_name(self.name)
+        _check_positive(self)
+        _refuse_unbuilt(self)
+        if self.block_size not in (None, OPENVINO_BLOCK_SIZE):
+            raise ConfigError(
+                f"--block-size {self.block_size} cannot work with openvino, whose paged attention "
+                f"has blocks of {OPENVINO_BLOCK_SIZE} tokens: leave the option out"
+            )
+        return self
+
+
+def _check_positive(options: BuildOptions) -> None:
+    counts = {
+        "--tp": options.tp,
+        "--pp": options.pp,
+        "--max-model-len": options.max_model_len,
+        "--max-num-seqs": options.max_num_seqs,
+        "--max-num-batched-tokens": options.max_num_batched_tokens,
+        "--block-size": options.block_size,
+        "--kv-cache-bytes": options.kv_cache_bytes,
+    }
+    for option, count in counts.items():
+        if count is not None and count < 1:
+            raise ConfigError(f"{option} {count} is not allowed: it has to be at least 1")
+
+
+def _refuse_unbuilt(options: BuildOptions) -> None:
+    if options.runtime not in ("auto", "openvino"):
+        raise ConfigError(
+            f"--runtime {options.runtime} is not built yet: use --runtime openvino (or auto, which picks it)"
+        )
+    if options.tp > 1:
+        raise ConfigError(f"--tp {options.tp} is not built yet: one rank works today, use --tp 1")
+    if options.pp > 1:
+        raise ConfigError(f"--pp {options.pp} is not built yet: one stage works today, use --pp 1")
+    for option, wanted in (("--fp8", options.fp8), ("--int4", options.int4)):
+        if wanted:
+            raise ConfigError(
+                f"{option} is not built yet: weights in float32, bfloat16 or float16 work today, see --dtype"
+            )

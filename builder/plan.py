@@ -1,0 +1,100 @@
+"""From options and a checkpoint's config to the numbers of a build: limits and the KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trtforge.builder.options import OPENVINO_BLOCK_SIZE, BuildOptions
+from trtforge.errors import ConfigError
+from trtforge.manifest import DType, KVCacheLayout, LayerCache, Limits, Runtime
+
+DEFAULT_KV_CACHE_BYTES = 2**30
+DEFAULT_MAX_MODEL_LEN = 8192
+# slot_mapping holds block * block_size + offset as int32.
+_MAX_SLOTS = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class BuildPlan:
+    """The options with every choice made that needs only the checkpoint's config."""
+
+    name: str
+    runtime: Runtime
+    dtype: DType
+    block_size: int  # tokens
+    kv_cache_bytes: int | None  # None: DEFAULT_KV_CACHE_BYTES, or one sequence if that is more
+    limits: Limits
+
+
+def make_plan(options: BuildOptions, config: Any, checkpoint_dtype: DType) -> BuildPlan:
+    """Fill what `options` leave open from the Hugging Face `config` and the dtype of the weights.
+
+    Raises ConfigError if the model cannot have sequences of --max-model-len tokens.
+    """
+    longest: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    max_model_len = options.max_model_len
+    if max_model_len is None:
+        if longest is None:
+            raise ConfigError(
+                f"the config of {options.model} has no max_position_embeddings: say the longest sequence "
+                "with --max-model-len"
+            )
+        max_model_len = min(longest, DEFAULT_MAX_MODEL_LEN)
+    elif longest is not None and max_model_len > longest:
+        raise ConfigError(
+            f"--max-model-len {max_model_len} is more than {options.model} was made for: its config's "
+            f"max_position_embeddings is {longest}"
+        )
+    return BuildPlan(
+        name=options.name,
+        runtime="openvino",
+        dtype=checkpoint_dtype if options.dtype == "auto" else options.dtype,
+        block_size=options.block_size or OPENVINO_BLOCK_SIZE,
+        kv_cache_bytes=options.kv_cache_bytes,
+        limits=Limits(
+            max_model_len=max_model_len,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+        ),
+    )
+
+
+def plan_kv_cache(plan: BuildPlan, layers: Sequence[LayerCache]) -> KVCacheLayout:
+    """As many blocks as the budget holds.
+
+    Raises ConfigError if they cannot hold one sequence of max_model_len tokens, or if there are more of
+    them than slot numbers.
+    """
+    one_block = KVCacheLayout(
+        dtype=plan.dtype, block_size=plan.block_size, num_blocks=1, layers=tuple(layers)
+    )
+    block_bytes = one_block.bytes_per_token * plan.block_size
+    needed_blocks = blocks_per_sequence(plan.limits.max_model_len, plan.block_size)
+    if plan.kv_cache_bytes is None:
+        num_blocks = max(needed_blocks, DEFAULT_KV_CACHE_BYTES // block_bytes)
+    else:
+        num_blocks = plan.kv_cache_bytes // block_bytes
+    if num_blocks < needed_blocks:
+        raise ConfigError(
+            f"--kv-cache-bytes {plan.kv_cache_bytes} cannot hold one sequence of {plan.limits.max_model_len} "
+            f"tokens, which needs {needed_blocks * block_bytes} bytes: "
+            + (
+                f"give that much, or --max-model-len {num_blocks * plan.block_size} at most"
+                if num_blocks
+                else f"give that much (one block of {plan.block_size} tokens alone is {block_bytes} bytes)"
+            )
+        )
+    if num_blocks * plan.block_size > _MAX_SLOTS:
+        raise ConfigError(
+            f"--kv-cache-bytes {plan.kv_cache_bytes} makes {num_blocks} blocks of {plan.block_size} tokens, "
+            "more than slot numbers of 32 bits reach: give at most "
+            f"{_MAX_SLOTS // plan.block_size * block_bytes}"
+        )
+    return one_block.model_copy(update={"num_blocks": num_blocks})
+
+
+def blocks_per_sequence(num_tokens: int, block_size: int) -> int:
+    """Blocks that one sequence of `num_tokens` occupies."""
+    return -(-num_tokens // block_size)

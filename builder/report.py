@@ -1,0 +1,113 @@
+"""What a build came to: tables for people, build.json in the repository for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+from rich.console import Group
+from rich.table import Table
+from typing_extensions import Self
+
+from trtforge.builder.plan import blocks_per_sequence
+from trtforge.builder.stages import StageRecord
+from trtforge.manifest import DType, Manifest, Runtime
+
+REPORT_FILE = "build.json"
+
+
+class BuildReport(BaseModel):
+    """The figures of one build. Sequence lengths and block sizes are in tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str  # MODEL as it was given
+    architecture: str
+    runtime: Runtime
+    dtype: DType
+    build_key: str
+    num_parameters: int
+    num_nodes: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    block_size: int
+    num_blocks: int
+    kv_cache_bytes: int
+    max_model_len: int
+    num_full_sequences: int  # sequences of max_model_len that the cache holds at once
+    stages: tuple[StageRecord, ...]
+
+    @classmethod
+    def of(
+        cls,
+        manifest: Manifest,
+        *,
+        source: str,
+        num_nodes: int,
+        weight_bytes: int,
+        stages: Sequence[StageRecord],
+    ) -> Self:
+        """The report on the build that `manifest` describes."""
+        cache, max_model_len = manifest.kv_cache, manifest.limits.max_model_len
+        return cls(
+            source=source,
+            architecture=manifest.model.architecture,
+            runtime=manifest.runtime,
+            dtype=manifest.dtype,
+            build_key=manifest.build_key,
+            num_parameters=manifest.model.num_parameters,
+            num_nodes=num_nodes,
+            weight_bytes=weight_bytes,
+            kv_bytes_per_token=cache.bytes_per_token,
+            block_size=cache.block_size,
+            num_blocks=cache.num_blocks,
+            kv_cache_bytes=cache.num_blocks * cache.block_size * cache.bytes_per_token,
+            max_model_len=max_model_len,
+            num_full_sequences=cache.num_blocks // blocks_per_sequence(max_model_len, cache.block_size),
+            stages=tuple(stages),
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write `folder`/build.json."""
+        (folder / REPORT_FILE).write_text(self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read `folder`/build.json as this version wrote it."""
+        return cls.model_validate_json((folder / REPORT_FILE).read_text())
+
+    def tables(self) -> Group:
+        """The figures and the stages, for a terminal."""
+        return Group(self._figures(), self._stages())
+
+    def _figures(self) -> Table:
+        table = Table(title=f"{self.architecture} for {self.runtime} in {self.dtype}", title_justify="left")
+        table.add_column("figure")
+        table.add_column("value", justify="right")
+        table.add_row("parameters", f"{self.num_parameters:,}")
+        table.add_row("graph nodes", f"{self.num_nodes:,}")
+        table.add_row("weights", _bytes(self.weight_bytes))
+        table.add_row("KV cache per token", _bytes(self.kv_bytes_per_token))
+        table.add_row("KV cache", _bytes(self.kv_cache_bytes))
+        table.add_row(f"KV blocks of {self.block_size} tokens", f"{self.num_blocks:,}")
+        table.add_row(f"sequences of {self.max_model_len:,} tokens that fit", f"{self.num_full_sequences:,}")
+        return table
+
+    def _stages(self) -> Table:
+        table = Table()
+        table.add_column("stage")
+        table.add_column("time, s", justify="right")
+        cumulative = any(record.peak_is_cumulative for record in self.stages)
+        table.add_column("peak memory so far" if cumulative else "peak memory", justify="right")
+        for record in self.stages:
+            table.add_row(record.name, f"{record.seconds:.1f}", _bytes(record.peak_memory_bytes))
+        table.add_row("all", f"{sum(record.seconds for record in self.stages):.1f}", "")
+        return table
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,64 @@
+"""The weights of a graph in one safetensors file, which ONNX reads as external data."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from trtforge.builder.weights import IR_DTYPES
+from trtforge.errors import ExportError
+
+_SAFETENSORS_DTYPES = {dtype: name for name, dtype in IR_DTYPES.items()}
+_ALIGNMENT = 1 << 12  # of the first tensor, so that a memory map of the data starts on a page
+
+
+def write_weights(
+    initializers: Sequence[ir.Value], file: Path, on_bytes: Callable[[int, int], None] | None
+) -> None:
+    """Write the data of `initializers` one after the other, and make the file their external data.
+
+    `on_bytes(done, total)` is told after each of them.
+    """
+    tensors = [value.const_value for value in initializers]
+    total = sum(tensor.nbytes for tensor in tensors)
+    header, start = _header(tensors)
+    with file.open("wb") as stream:
+        stream.write(header)
+        offset = start
+        for value, tensor in zip(initializers, tensors, strict=True):
+            tensor.tofile(stream)
+            if stream.tell() != offset + tensor.nbytes:
+                raise ExportError(f"{tensor.name} does not have the {tensor.nbytes} bytes its shape needs")
+            value.const_value = ir.ExternalTensor(
+                file.name,
+                offset,
+                tensor.nbytes,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=tensor.name,
+                base_dir=file.parent,
+            )
+            offset += tensor.nbytes
+            if on_bytes is not None:
+                on_bytes(offset - start, total)
+
+
+def _header(tensors: Sequence[ir.TensorProtocol]) -> tuple[bytes, int]:
+    """The format's header, and where the first tensor begins."""
+    fields: dict[str, Any] = {}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.nbytes
+        fields[tensor.name] = {
+            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape.numpy()),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text, 8 + len(text)

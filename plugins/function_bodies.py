@@ -1,0 +1,89 @@
+"""Adds to a model what its custom operators mean in standard ones.
+
+ONNX Runtime and TensorRT-RTX need that and get it when they load a model. It is never stored: full TensorRT
+has to find its plugins, and which of the two its parser takes depends on its version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TypeVar
+
+import onnx
+from onnxscript import ir
+
+from trtforge.errors import PluginError
+from trtforge.plugins.body import STANDARD_OPSET, Body, WriteBody
+from trtforge.plugins.linear import function as linear
+from trtforge.plugins.linear.op import LINEAR
+from trtforge.plugins.moe_experts import function as moe_experts
+from trtforge.plugins.moe_experts.op import MOE_EXPERTS
+from trtforge.plugins.op import DOMAIN, OpSpec
+from trtforge.plugins.paged_attention import function as paged_attention
+from trtforge.plugins.paged_attention.op import PAGED_ATTENTION
+
+_BODIES: dict[str, tuple[OpSpec, WriteBody]] = {
+    PAGED_ATTENTION.name: (PAGED_ATTENTION, paged_attention.write_body),
+    LINEAR.name: (LINEAR, linear.write_body),
+    MOE_EXPERTS.name: (MOE_EXPERTS, moe_experts.write_body),
+}
+
+Model = TypeVar("Model", onnx.ModelProto, ir.Model)
+
+
+def add_function_bodies(model: Model) -> Model:
+    """Turn the custom nodes of `model` into calls of functions that it then carries; returns `model`.
+
+    Attributes are compiled into the functions: nodes of one operator that differ in them, or in which
+    inputs they have, call different functions (PagedAttention, PagedAttention_2, …), because TensorRT's
+    parser tells functions apart by their names only. Raises PluginError for an unknown operator.
+    """
+    if isinstance(model, onnx.ModelProto):
+        model.CopyFrom(ir.to_proto(add_function_bodies(ir.from_proto(model))))
+        return model
+    variants: dict[Hashable, str] = {}
+    for node in model.graph:
+        if node.domain != DOMAIN:
+            continue
+        if node.op_type not in _BODIES:
+            raise PluginError(f"the model has an operator {DOMAIN}::{node.op_type}, which is not known here")
+        key = _variant(node)
+        if key not in variants:
+            number = 1 + sum(variant[0] == node.op_type for variant in variants)  # type: ignore[index]
+            variants[key] = node.op_type if number == 1 else f"{node.op_type}_{number}"
+            function = _function(node, variants[key])
+            model.functions[function.identifier()] = function
+        node.op_type = variants[key]
+    model.opset_imports.setdefault(DOMAIN, 1)
+    return model
+
+
+def _variant(node: ir.Node) -> Hashable:
+    """What two nodes must have in common to call the same function."""
+    attributes = tuple(sorted((name, attribute.value) for name, attribute in node.attributes.items()))
+    return node.op_type, attributes, tuple(value is not None for value in node.inputs)
+
+
+def _function(node: ir.Node, name: str) -> ir.Function:
+    spec, write_body = _BODIES[node.op_type]
+    given = [*node.inputs, *[None] * (len(spec.inputs) - len(node.inputs))]
+    inputs = {
+        tensor.name: None if value is None else ir.Value(name=tensor.name)
+        for tensor, value in zip(spec.inputs, given, strict=True)
+    }
+    names = {attribute.name for attribute in spec.attributes}
+    attributes = {name: attribute.value for name, attribute in node.attributes.items() if name in names}
+    body = Body()
+    outputs = write_body(body, inputs, spec.node_attributes(**attributes))
+    # A parameter that the node leaves out in the middle stays in the list, unused.
+    parameters = [inputs[tensor.name] or ir.Value(name=tensor.name) for tensor in spec.inputs]
+    graph = ir.Graph(
+        parameters[: len(node.inputs)],
+        outputs,
+        nodes=body.nodes,
+        opset_imports={"": STANDARD_OPSET},
+        name=name,
+    )
+    # The nodes keep their attributes, so that the model still fits the operators' schemas.
+    unused = [ir.Attr(key, attribute.type, None) for key, attribute in node.attributes.items()]
+    return ir.Function(DOMAIN, name, graph=graph, attributes=unused)

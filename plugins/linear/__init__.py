@@ -1,0 +1,1 @@
+"""A projection that keeps its weight's name and layout."""

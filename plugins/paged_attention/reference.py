@@ -1,0 +1,62 @@
+"""PagedAttention, slow and obvious."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from trtforge.plugins.op import Array
+from trtforge.plugins.paged_attention.op import PAGED_ATTENTION
+
+
+def paged_attention(
+    q: Array,  # [T, H, D]
+    k: Array,  # [T, Hkv, D]
+    v: Array,  # [T, Hkv, D]
+    kv_cache: Array,  # [num_blocks, 2, block_size, Hkv, D]
+    block_tables: Array,  # [B, max_blocks]
+    cu_seqlens: Array,  # [B + 1]
+    context_lens: Array,  # [B]
+    slot_mapping: Array,  # [T]
+    sinks: Array | None = None,  # [H]
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> tuple[Array, Array]:
+    """(out [T, H, D], the cache after the step); no input is changed. Scores are float32.
+
+    Rows of `out` that belong to no sequence are zero. Raises PluginError for shapes that do not fit.
+    Source: PagedAttention (arXiv 2309.06180); sinks as in gpt-oss, softcap as in Gemma 2.
+    """
+    PAGED_ATTENTION.check_inputs(
+        q, k, v, kv_cache, block_tables, cu_seqlens, context_lens, slot_mapping, sinks
+    )
+    cache = kv_cache.copy()
+    block_size = cache.shape[2]
+    for token, slot in enumerate(slot_mapping):
+        if slot >= 0:
+            block, offset = divmod(int(slot), block_size)
+            cache[block, 0, offset] = k[token]
+            cache[block, 1, offset] = v[token]
+
+    out = np.zeros_like(q)
+    group = q.shape[1] // k.shape[1]  # query heads that share a KV head
+    for sequence, context_len in enumerate(context_lens):
+        begin, end = int(cu_seqlens[sequence]), int(cu_seqlens[sequence + 1])
+        for token in range(begin, end):
+            position = int(context_len) - (end - token)
+            first = max(0, position - window + 1) if window else 0
+            seen = np.arange(first, position + 1)
+            blocks, offsets = block_tables[sequence, seen // block_size], seen % block_size
+            for head in range(q.shape[1]):
+                keys = cache[blocks, 0, offsets, head // group].astype(np.float32)  # [seen, D]
+                values = cache[blocks, 1, offsets, head // group].astype(np.float32)
+                scores = keys @ q[token, head].astype(np.float32) * np.float32(scale)
+                if softcap:
+                    scores = softcap * np.tanh(scores / softcap)
+                if sinks is not None:  # takes its share of the softmax and gives nothing back
+                    scores = np.append(scores, np.float32(sinks[head]))
+                weights = np.exp(scores - scores.max())
+                weights /= weights.sum()
+                out[token, head] = weights[: len(seen)] @ values
+    return out, cache

@@ -1,0 +1,286 @@
+"""The engine as its callers see it: text or token ids in, text out, whatever process it runs in.
+
+Threads: `submit` and `cancel` may be called from any, outputs come from one reader thread. The engine
+itself is `trtforge.runtime.engine_process`; when it dies, its requests fail and it is started again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+import secrets
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from trtforge.errors import CapacityError, RequestError, ServerError, TrtforgeError
+from trtforge.manifest import Manifest
+from trtforge.runtime.detokenizer import Detokenizer
+from trtforge.runtime.engine_handle import EngineHandle
+from trtforge.runtime.messages import Add, Cancel, Outputs, Refused
+from trtforge.runtime.request import (
+    EngineOutput,
+    EngineRequest,
+    ErrorKind,
+    FinishReason,
+    GenerationOutput,
+    GenerationRequest,
+)
+from trtforge.runtime.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+RESTART_DELAYS_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # the last one again and again
+
+OnOutput = Callable[[GenerationOutput], None]
+
+
+class EngineClient:
+    """Generates with the model in `model_dir`, in an engine process of its own.
+
+    `threads` is for CPU engines; 0 leaves the choice to them. Raises ConfigError if the manifest or the
+    tokenizer cannot be read.
+    """
+
+    def __init__(self, model_dir: Path, *, threads: int = 0) -> None:
+        self.manifest = Manifest.load(model_dir)
+        self.tokenizer = Tokenizer(model_dir / self.manifest.tokenizer)
+        self._model_dir = model_dir
+        self._threads = threads
+        # Guards what follows and the sending end of the engine's socket. Never held while a caller's
+        # code runs; sends under it do not wait, since the engine always empties its socket.
+        self._lock = threading.Lock()
+        self._engine: EngineHandle | None = None  # the current one, ready or not
+        self._is_ready = False
+        self._streams: dict[str, _Stream] = {}  # by engine id
+        # A caller may use a request id again as soon as its request has ended, when the engine can still
+        # be about to answer the old one: the engine gets ids that never repeat.
+        self._engine_ids: dict[str, str] = {}
+        self._next_number = itertools.count(1)
+        self._closing = threading.Event()
+        self._reader = threading.Thread(target=self._run, name="engine-reader", daemon=True)
+
+    def start(self) -> None:
+        """Start the engine; returns when it is ready. Raises ConfigError or ServerError if it cannot be."""
+        self._start_engine()
+        self._reader.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are taken now: not before the start, after the end, or during a restart."""
+        return self._is_ready and not self._closing.is_set()
+
+    def submit(self, request: GenerationRequest, on_output: OnOutput) -> None:
+        """Start a request; `on_output` gets its outputs, the last of which has a finish_reason.
+
+        `on_output` runs in the reader thread and must not wait for anything; if it raises, its request
+        is cancelled. Raises RequestError for a request that cannot be served, CapacityError while
+        the engine restarts, ServerError after `close`.
+        """
+        prompt = self._encode(request.prompt)
+        sampling = request.sampling
+        if sampling.seed is None:
+            sampling = dataclasses.replace(sampling, seed=secrets.randbits(64))
+        engine_id = f"{request.request_id}#{next(self._next_number)}"
+        stream = _Stream(
+            engine_id,
+            request.request_id,
+            on_output,
+            Detokenizer(self.tokenizer.text_stream(), sampling.stop),
+            num_prompt_tokens=len(prompt),
+        )
+        with self._lock:
+            if self._closing.is_set():
+                raise ServerError("the engine was shut down")
+            if not self._is_ready:
+                raise CapacityError("the engine died and is being restarted: send the request again later")
+            if request.request_id in self._engine_ids:
+                raise RequestError(f"request id {request.request_id!r} is in use: give each request its own")
+            self._engine_ids[request.request_id] = engine_id
+            self._streams[engine_id] = stream
+            self._send(Add(EngineRequest(engine_id, prompt, sampling)))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request early: its last output will have finish_reason "cancelled", unless it ended
+        otherwise just before. Unknown and ended ids are ignored."""
+        with self._lock:
+            if request_id in self._engine_ids:
+                self._send(Cancel(self._engine_ids[request_id]))
+
+    def close(self) -> None:
+        """Stop the engine; requests in flight fail. Not to be called from `on_output`. Idempotent."""
+        with self._lock:
+            self._closing.set()
+            engine = self._engine
+            if engine is not None:
+                engine.request_stop()
+        if engine is not None:
+            engine.wait_until_gone()
+        if self._reader.ident is not None:
+            self._reader.join()
+
+    def _encode(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
+        limit = self.manifest.limits.max_model_len - 1  # one token at least is generated
+        if isinstance(prompt, str):
+            max_chars = self.tokenizer.max_text_chars(limit)
+            if len(prompt) > max_chars:
+                raise RequestError(
+                    f"the prompt has {len(prompt)} characters, more than {max_chars}: that is above the "
+                    f"limit of {limit} tokens however it is tokenized"
+                )
+            prompt = self.tokenizer.encode(prompt) if prompt else ()
+        if not prompt:
+            raise RequestError("the prompt is empty: it has to have at least one token")
+        if len(prompt) > limit:
+            raise RequestError(f"the prompt has {len(prompt)} tokens: at most {limit} are allowed")
+        vocab_size = self.manifest.model.vocab_size
+        for token_id in (min(prompt), max(prompt)):
+            if not 0 <= token_id < vocab_size:
+                raise RequestError(f"the prompt has token id {token_id}: allowed are 0 to {vocab_size - 1}")
+        return prompt
+
+    def _send(self, message: Add | Cancel) -> None:
+        if self._engine is not None and self._is_ready:
+            # If the engine has just died: the reader thread sees the same and fails all requests.
+            with contextlib.suppress(OSError):
+                self._engine.channel.send(message)
+
+    def _start_engine(self) -> EngineHandle:
+        with self._lock:
+            if self._closing.is_set():
+                raise ServerError("the engine was shut down")
+            engine = self._engine = EngineHandle(self._model_dir, self._threads)
+        engine.wait_until_ready()
+        self._is_ready = True
+        return engine
+
+    # ----------------------------------------------------------------------- the reader thread
+
+    def _run(self) -> None:
+        engine = self._engine
+        while engine is not None:
+            try:
+                self._read(engine)
+            except Exception:
+                # Better an engine started again than a thread that nobody misses and requests that hang.
+                logger.exception("what the engine sent could not be handled: it is replaced")
+            self._bury(engine)
+            engine = self._restart()
+
+    def _read(self, engine: EngineHandle) -> None:
+        """Deliver outputs until the engine is gone."""
+        while True:
+            try:
+                message = engine.channel.receive()
+            except (EOFError, OSError):
+                return
+            if isinstance(message, Outputs):
+                for output in message.outputs:
+                    self._deliver(output)
+            elif isinstance(message, Refused):
+                self._fail(self._streams[message.request_id], message.error, message.error_kind)
+
+    def _deliver(self, output: EngineOutput) -> None:
+        stream = self._streams.get(output.request_id)
+        if stream is None:
+            return  # what the engine had produced before it learned that the stream had ended
+        result = stream.advance(output)
+        if result.finish_reason is not None:
+            # By a stop string: the engine does not know yet.
+            self._forget(stream, cancel=output.finish_reason is None)
+        self._call(stream, result)
+
+    def _call(self, stream: _Stream, output: GenerationOutput) -> None:
+        try:
+            stream.on_output(output)
+        except Exception:
+            # The caller's trouble, of whatever kind, must not reach the other streams of this thread.
+            logger.exception("request %s ends: its output could not be handed over", stream.request_id)
+            if output.finish_reason is None:
+                self._forget(stream, cancel=True)
+
+    def _forget(self, stream: _Stream, *, cancel: bool) -> None:
+        with self._lock:
+            del self._streams[stream.engine_id], self._engine_ids[stream.request_id]
+            if cancel:
+                self._send(Cancel(stream.engine_id))
+
+    def _fail(self, stream: _Stream, error: str, error_kind: ErrorKind) -> None:
+        self._forget(stream, cancel=False)
+        self._call(stream, stream.failure(error, error_kind))
+
+    def _bury(self, engine: EngineHandle) -> None:
+        """Take leave of an engine that is gone: its requests fail, new ones are refused."""
+        with self._lock:
+            self._is_ready = False
+            streams = list(self._streams.values())
+        status = engine.reap()
+        error_kind: ErrorKind = "server"
+        if self._closing.is_set():
+            error, error_kind = "the engine was shut down before the request had finished", "capacity"
+        else:
+            logger.error("the engine process died (%s) with %d requests", status, len(streams))
+            error = f"the engine process died ({status}) while it served this request; it is being restarted"
+        for stream in streams:
+            self._fail(stream, error, error_kind)
+
+    def _restart(self) -> EngineHandle | None:
+        """A new engine, however often it takes; None if the client is closed meanwhile."""
+        for attempt in itertools.count():
+            if self._closing.wait(RESTART_DELAYS_S[min(attempt, len(RESTART_DELAYS_S) - 1)]):
+                break
+            try:
+                return self._start_engine()
+            except TrtforgeError as error:
+                logger.error("the engine could not be restarted, attempt %d: %s", attempt + 1, error)
+        return None
+
+
+class _Stream:
+    """A request in flight, as the client sees it."""
+
+    def __init__(
+        self,
+        engine_id: str,
+        request_id: str,
+        on_output: OnOutput,
+        detokenizer: Detokenizer,
+        num_prompt_tokens: int,
+    ) -> None:
+        self.engine_id = engine_id
+        self.request_id = request_id
+        self.on_output = on_output
+        self._detokenizer = detokenizer
+        self._num_prompt_tokens = num_prompt_tokens
+        self._num_generated_tokens = 0
+
+    def advance(self, output: EngineOutput) -> GenerationOutput:
+        """Take what the engine produced; the result may end the stream where the engine did not."""
+        reason = output.finish_reason
+        # A stop token ends the text, it is no part of it.
+        text = self._detokenizer.push(output.token_ids[:-1] if reason == "stop" else output.token_ids)
+        if reason is not None:
+            text += self._detokenizer.finish()
+        if self._detokenizer.stopped:
+            reason = "stop"
+        self._num_generated_tokens += len(output.token_ids)
+        return self._output(text, output.token_ids, reason, output.error if reason == "error" else None)
+
+    def failure(self, error: str, error_kind: ErrorKind) -> GenerationOutput:
+        """The last output of a stream that ends for want of an engine."""
+        return dataclasses.replace(self._output("", (), "error", error), error_kind=error_kind)
+
+    def _output(
+        self, text: str, token_ids: tuple[int, ...], reason: FinishReason | None, error: str | None
+    ) -> GenerationOutput:
+        return GenerationOutput(
+            self.request_id,
+            text,
+            token_ids,
+            reason,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            error=error,
+        )

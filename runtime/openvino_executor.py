@@ -1,0 +1,165 @@
+"""Runs the packed graph on the CPU with OpenVINO."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+
+from trtforge import wire
+from trtforge.errors import ConfigError, EngineBuildError, ServerError
+from trtforge.manifest import DType, Manifest
+from trtforge.runtime.executor import Float32Array, Int32Array, KVCacheSpec, ModelInputs, ModelOutputs
+from trtforge.runtime.openvino_graph import BLOCK_SIZE, key_cache_input, read_graph, value_cache_input
+
+logger = logging.getLogger(__name__)
+
+# float16 is not among them: the CPU plugin takes it as a hint and computes wrong results.
+_PRECISIONS: Mapping[DType, str] = {"float32": "f32", "bfloat16": "bf16"}
+
+
+class OpenVINOExecutor:
+    """Executes a built model on OpenVINO's CPU plugin.
+
+    The plugin's attention operator finds the slots of new tokens through the block tables by itself, so
+    slot_mapping can only confirm them: every new token is stored, at the slot that its block table names.
+    """
+
+    def __init__(self, model_dir: Path, manifest: Manifest, *, threads: int) -> None:
+        """Load the graph in `model_dir` and allocate its cache; `threads` 0 takes all cores allowed.
+
+        Raises ConfigError for a manifest or number of threads that OpenVINO cannot serve, and
+        EngineBuildError if it does not take the graph.
+        """
+        _check_manifest(manifest)
+        if threads < 0:
+            raise ConfigError(f"threads is {threads}: give a number from 1, or 0 for all cores")
+        threads = threads or len(os.sched_getaffinity(0))
+        self._vocab_size = manifest.model.vocab_size
+        self._spec = KVCacheSpec(block_size=BLOCK_SIZE, num_blocks=manifest.kv_cache.num_blocks)
+        path = model_dir / manifest.ranks[0].onnx
+        # In one thread the plugin's fused bfloat16 MLP divides by zero, which ends the process. It does
+        # not fuse MLPs whose weights are [in, out].
+        transpose_weights = threads == 1 and manifest.dtype == "bfloat16"
+        model = read_graph(path, manifest.kv_cache.layers, transpose_weights=transpose_weights)
+        config = {
+            "INFERENCE_PRECISION_HINT": _PRECISIONS[manifest.dtype],
+            "KV_CACHE_PRECISION": _PRECISIONS[manifest.kv_cache.dtype],
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        try:
+            compiled = ov.Core().compile_model(model, "CPU", config)
+            self._request: ov.InferRequest | None = compiled.create_infer_request()
+            self._allocate_cache(compiled, len(manifest.kv_cache.layers))
+        except RuntimeError as error:
+            raise EngineBuildError(f"OpenVINO {ov.__version__} cannot compile {path}: {error}") from error
+        self._feeds: dict[str, Int32Array] = {}
+        logger.info("%s: %s, %d threads, %s", path, manifest.dtype, threads, self._spec)
+
+    def kv_cache_spec(self) -> KVCacheSpec:
+        """The cache as the manifest has it."""
+        return self._spec
+
+    def execute(self, inputs: ModelInputs) -> ModelOutputs:
+        """Run one step.
+
+        Raises ValueError, before anything is stored, for inputs that contradict each other or point
+        outside the cache or the vocabulary, and ServerError if OpenVINO fails.
+        """
+        if self._request is None:
+            raise ServerError("the executor is closed")
+        num_new = np.diff(inputs.cu_seqlens)
+        past_lens = inputs.context_lens - num_new
+        num_blocks_used = -(-inputs.context_lens // BLOCK_SIZE)
+        self._check(inputs, num_new, past_lens, num_blocks_used)
+        block_indices_begins = np.zeros_like(inputs.cu_seqlens)
+        np.cumsum(num_blocks_used, out=block_indices_begins[1:])
+        used = np.arange(inputs.block_tables.shape[1]) < num_blocks_used[:, None]
+        # Kept until the next step: OpenVINO reads the arrays where they are.
+        self._feeds = {
+            "input_ids": inputs.input_ids,
+            "position_ids": inputs.position_ids,
+            "logits_indices": inputs.logits_indices,
+            "past_lens": past_lens,
+            "subsequence_begins": inputs.cu_seqlens,
+            "block_indices": inputs.block_tables[used],
+            "block_indices_begins": block_indices_begins,
+            "max_context_len": np.asarray(inputs.context_lens.max()),
+        }
+        try:
+            outputs = self._request.infer(self._feeds, share_inputs=True, share_outputs=True)
+        except RuntimeError as error:
+            raise ServerError(f"OpenVINO failed in a step of {len(inputs.input_ids)} tokens: {error}") from error
+        return ModelOutputs(logits=outputs[wire.LOGITS])
+
+    def close(self) -> None:
+        """Release the model and its cache."""
+        self._request = None
+
+    def _allocate_cache(self, compiled: ov.CompiledModel, num_layers: int) -> None:
+        """Bind zeroed caches of the types and shapes that the plugin chose.
+
+        They are written here once so that memory which is missing is missed now.
+        """
+        for layer in range(num_layers):
+            for name in (key_cache_input(layer), value_cache_input(layer)):
+                port = compiled.input(name)
+                _, *block_shape = port.get_partial_shape()
+                shape = ov.Shape([self._spec.num_blocks, *(size.get_length() for size in block_shape)])
+                cache = ov.Tensor(port.get_element_type(), shape)
+                cache.data.view(np.uint8).fill(0)
+                self._request.set_tensor(name, cache)
+
+    def _check(
+        self, inputs: ModelInputs, num_new: Int32Array, past_lens: Int32Array, num_blocks_used: Int32Array
+    ) -> None:
+        """Raise ValueError for what would write or read outside of what belongs to the step."""
+        num_tokens = len(inputs.input_ids)
+        tables = inputs.block_tables
+        _require(int(inputs.cu_seqlens[-1]) == num_tokens, "cu_seqlens does not end with the number of tokens")
+        _require(bool((num_new > 0).all()), "a sequence has no new token")
+        _require(bool((past_lens >= 0).all()), "context_lens do not include the new tokens")
+        _require(int(num_blocks_used.max()) <= tables.shape[1], "block_tables are shorter than context_lens")
+        _require_range("input_ids", inputs.input_ids, self._vocab_size)
+        _require_range("block_tables", tables, self._spec.num_blocks)
+        _require_range("logits_indices", inputs.logits_indices, num_tokens)
+
+        rows = np.repeat(np.arange(len(num_new)), num_new)  # [T]: whose token it is
+        positions = np.arange(num_tokens) + (past_lens - inputs.cu_seqlens[:-1])[rows]
+        slots = tables[rows, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+        _require(
+            np.array_equal(slots, inputs.slot_mapping),
+            "slot_mapping is not where the block tables put the new tokens, and OpenVINO stores them nowhere else",
+        )
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    cache = manifest.kv_cache
+    if manifest.dtype not in _PRECISIONS:
+        raise ConfigError(
+            f"dtype {manifest.dtype} is computed wrongly by OpenVINO on a CPU: build with --dtype "
+            f"{' or '.join(_PRECISIONS)}"
+        )
+    if cache.dtype != manifest.dtype:
+        raise ConfigError(
+            f"a KV cache of {cache.dtype} does not go with dtype {manifest.dtype} in OpenVINO: build the model again"
+        )
+    if cache.block_size != BLOCK_SIZE:
+        raise ConfigError(
+            f"OpenVINO's KV cache has blocks of {BLOCK_SIZE} tokens, not {cache.block_size}: build with "
+            f"--block-size {BLOCK_SIZE}"
+        )
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise ValueError(problem)
+
+
+def _require_range(name: str, array: Int32Array, end: int) -> None:
+    _require(int(array.min()) >= 0 and int(array.max()) < end, f"{name} has values outside 0..{end - 1}")

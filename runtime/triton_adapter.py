@@ -1,0 +1,224 @@
+"""The Triton side of the engine: requests in from the python backend, responses out through its senders."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from trtforge.errors import CapacityError, ConfigError, RequestError, TrtforgeError
+from trtforge.runtime.engine_client import EngineClient
+from trtforge.runtime.request import GenerationOutput
+from trtforge.runtime.triton_requests import ModelLimits, ResponseOptions, parse_request
+
+logger = logging.getLogger(__name__)
+
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+CANCELLATION_POLL_S = 0.05
+# Asking a sender costs some 14 µs: with very many requests the pauses get longer, to this multiple of the
+# time that the asking took.
+CANCELLATION_PAUSE_RATIO = 9
+
+
+class TritonPythonModel:
+    """One model instance: an engine client, and the requests that it is answering.
+
+    Triton calls `initialize`, `execute` and `finalize`; responses leave from the client's reader thread.
+    """
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Start the engine on the model's version folder. An error is the reason Triton shows for the
+        model not being loaded."""
+        logging.basicConfig(
+            level=logging.INFO,
+            format="%(asctime)s %(levelname)s triton[%(process)d] %(name)s: %(message)s",
+        )
+        model_dir = Path(args["model_repository"]) / args["model_version"]
+        self._client = EngineClient(model_dir, threads=_threads(json.loads(args["model_config"])))
+        manifest = self._client.manifest
+        self._limits = ModelLimits(manifest.model.vocab_size, manifest.limits.max_model_len)
+        # Clients may use the same id twice: the engine's ids are our own.
+        self._next_id = itertools.count(1)
+        self._jobs: dict[str, _Job] = {}
+        self._jobs_lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._client.start()
+        self._poller = threading.Thread(target=self._poll_cancellations, name="cancellations", daemon=True)
+        self._poller.start()
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Hand the requests to the engine and return; each is answered by its own response sender."""
+        for request in requests:
+            self._accept(request)
+
+    def finalize(self) -> None:
+        """Stop the engine. Triton has waited for the requests in flight; what is left fails."""
+        self._stopping.set()
+        self._client.close()
+        self._poller.join()
+
+    def _accept(self, request: Any) -> None:
+        request_id = str(next(self._next_id))
+        logger.debug("request %s: the client calls it %r", request_id, request.request_id())
+        sender = _Sender(request_id, request.get_response_sender())
+        try:
+            tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            encode_chat = self._client.tokenizer.encode_chat
+            parameters = json.loads(request.parameters())
+            generation, options = parse_request(request_id, tensors, self._limits, encode_chat, parameters)
+            with self._jobs_lock:
+                self._jobs[request_id] = _Job(sender, options)
+            self._client.submit(generation, self._on_output)
+        except Exception as error:
+            # Whatever is wrong with this request, the others of the batch go on.
+            if not isinstance(error, (RequestError, CapacityError)):
+                logger.exception("request %s failed", request_id)
+            self._forget(request_id)
+            sender.fail(error)
+
+    def _on_output(self, output: GenerationOutput) -> None:
+        job = self._jobs[output.request_id]
+        if output.finish_reason is not None:
+            self._forget(output.request_id)
+        try:
+            job.advance(output)
+        except Exception as error:
+            self._forget(output.request_id)
+            job.sender.fail(error)
+            raise  # the engine client logs it and stops the request
+
+    def _forget(self, request_id: str) -> None:
+        with self._jobs_lock:
+            self._jobs.pop(request_id, None)
+
+    def _poll_cancellations(self) -> None:
+        pause_s = CANCELLATION_POLL_S
+        while not self._stopping.wait(pause_s):
+            with self._jobs_lock:
+                jobs = list(self._jobs.items())
+            start = time.monotonic()
+            for request_id, job in jobs:
+                if job.sender.was_just_cancelled():
+                    self._client.cancel(request_id)
+            elapsed_s = time.monotonic() - start
+            pause_s = max(CANCELLATION_POLL_S, CANCELLATION_PAUSE_RATIO * elapsed_s)
+
+
+class _Sender:
+    """A response sender of Triton's that several threads may use, up to the final response."""
+
+    def __init__(self, request_id: str, sender: Any) -> None:
+        self._request_id = request_id
+        self._sender = sender
+        # The server frees what the sender refers to with the final response: nothing may be asked of it
+        # at the same time or later.
+        self._lock = threading.Lock()
+        self._is_finished = False
+        self._is_cancelled = False
+
+    def send(self, response: Any, *, is_final: bool) -> None:
+        """Send a response, unless the final one was sent."""
+        with self._lock:
+            if not self._is_finished:
+                self._sender.send(response, flags=FINAL if is_final else 0)
+                self._is_finished = is_final
+
+    def fail(self, failure: Exception | GenerationOutput) -> None:
+        """End the request with an error. What goes wrong on the way is logged: there is no other answer."""
+        try:
+            self.send(pb_utils.InferenceResponse(error=triton_error(failure)), is_final=True)
+        except Exception:
+            logger.exception("request %s could not be told that it failed", self._request_id)
+
+    def was_just_cancelled(self) -> bool:
+        """Whether the client has given up since the last call; True at most once."""
+        with self._lock:
+            if self._is_finished or self._is_cancelled:
+                return False
+            self._is_cancelled = bool(self._sender.is_cancelled())
+            return self._is_cancelled
+
+
+class _Job:
+    """A request that the engine works on: collects what is to be sent, in the way it was asked for."""
+
+    def __init__(self, sender: _Sender, options: ResponseOptions) -> None:
+        self.sender = sender
+        self._options = options
+        self._texts = [options.prefix]
+        self._token_ids: list[int] = []
+
+    def advance(self, output: GenerationOutput) -> None:
+        """Send what is new, or keep it until the answer is whole."""
+        if output.finish_reason in ("error", "cancelled"):
+            self.sender.fail(output)
+            return
+        self._texts.append(output.text)
+        self._token_ids += output.token_ids
+        is_final = output.finish_reason is not None
+        if is_final or self._options.stream:
+            self.sender.send(self._response(output), is_final=is_final)
+            self._texts.clear()
+            self._token_ids.clear()
+
+    def _response(self, output: GenerationOutput) -> Any:
+        tensors = [
+            _strings("text_output", "".join(self._texts)),
+            _numbers("output_ids", self._token_ids),
+        ]
+        if self._options.finish_reason:
+            tensors.append(_strings("finish_reason", output.finish_reason or ""))
+        if self._options.num_input_tokens:
+            tensors.append(_numbers("num_input_tokens", [output.num_prompt_tokens]))
+        if self._options.num_output_tokens:
+            tensors.append(_numbers("num_output_tokens", [output.num_generated_tokens]))
+        return pb_utils.InferenceResponse(output_tensors=tensors)
+
+
+def triton_error(failure: Exception | GenerationOutput) -> Any:
+    """The one place where failures become Triton's status codes."""
+    match failure:
+        case RequestError() | GenerationOutput(error_kind="request"):
+            code = pb_utils.TritonError.INVALID_ARG
+        case CapacityError() | GenerationOutput(error_kind="capacity"):
+            code = pb_utils.TritonError.UNAVAILABLE
+        case GenerationOutput(finish_reason="cancelled"):
+            code = pb_utils.TritonError.CANCELLED
+        case _:
+            code = pb_utils.TritonError.INTERNAL
+    return pb_utils.TritonError(_message(failure), code)
+
+
+def _message(failure: Exception | GenerationOutput) -> str:
+    if isinstance(failure, GenerationOutput):
+        return failure.error or "the request was cancelled"
+    if isinstance(failure, TrtforgeError):
+        return str(failure)
+    return f"internal error, the server's log has more: {type(failure).__name__}: {failure}"
+
+
+def _strings(name: str, text: str) -> Any:
+    return pb_utils.Tensor(name, np.array([text.encode()], dtype=np.object_))
+
+
+def _numbers(name: str, numbers: list[int]) -> Any:
+    return pb_utils.Tensor(name, np.array(numbers, dtype=np.int32))
+
+
+def _threads(model_config: dict[str, Any]) -> int:
+    value = model_config.get("parameters", {}).get("threads", {}).get("string_value", "0")
+    if not (value.isascii() and value.isdigit()):
+        raise ConfigError(
+            f"the parameter threads in config.pbtxt is {value!r}: it has to be a whole number, and 0 "
+            "leaves the choice to the engine"
+        )
+    return int(value)

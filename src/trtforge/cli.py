@@ -1,0 +1,92 @@
+"""The commands `trtforge` and `build-engine`: where the folders meet, each imported when it is used."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from trtforge import __version__
+from trtforge.client.commands import ask, serve
+from trtforge.errors import TrtforgeError
+
+_ERRORS = {error.exit_code: (error.__doc__ or "").splitlines()[0] for error in TrtforgeError.__subclasses__()}
+EXIT_CODES = "\n".join(
+    [
+        "\b",  # keep the lines as they are
+        "Exit codes:",
+        "  0  Success.",
+        "  1  A bug in trtforge.",
+        *(f"  {code}  {meaning}" for code, meaning in sorted(_ERRORS.items())),
+        "130  Interrupted by Ctrl-C.",
+        "TRTFORGE_DEBUG=1 in the environment shows where an error comes from.",
+    ]
+)
+_SETTINGS: dict[str, Any] = {
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+    # Python's own traceback: the pretty one prints local variables, prompts among them.
+    "pretty_exceptions_enable": False,
+}
+
+app = typer.Typer(name="trtforge", no_args_is_help=True, epilog=EXIT_CODES, **_SETTINGS)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"trtforge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Compile Hugging Face LLMs and serve them from a stock Triton Inference Server."""
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def build(context: typer.Context) -> None:
+    """Build a Hugging Face model into a model repository; the same command as build-engine."""
+    _builder()(args=context.args, prog_name="trtforge build")
+
+
+app.command()(serve)
+app.command()(ask)
+
+
+def _builder() -> typer.Typer:
+    # Its options are known to the builder alone, whose imports take longer than a help text may.
+    from trtforge.builder.command import build as command
+
+    builder = typer.Typer(add_completion=False, **_SETTINGS)
+    builder.command()(command)
+    return builder
+
+
+def main() -> NoReturn:
+    """`trtforge`: ends the process with the exit code of the command."""
+    _run(app, "trtforge")
+
+
+def build_engine() -> NoReturn:
+    """`build-engine`: ends the process with the exit code of the build."""
+    _run(_builder(), "build-engine")
+
+
+def _run(command: typer.Typer, name: str) -> NoReturn:
+    try:
+        command(prog_name=name)
+    except TrtforgeError as error:
+        if os.environ.get("TRTFORGE_DEBUG"):
+            traceback.print_exc()
+        print(f"{name}: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    sys.exit(0)

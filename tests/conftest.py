@@ -1,0 +1,110 @@
+"""What tests of several folders share: a tiny tokenizer and a repository that needs no model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from trtforge.builder.repository import VERSION_FOLDER, install_triton_model
+from trtforge.manifest import KVCacheLayout, LayerCache, Limits, Manifest, ModelInfo
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",
+    "Où est la bibliothèque? Ça va très bien, merci.",
+    "Быстрая лиса прыгает. 早上好, 世界! 🎉🎉 naïve café",
+    "def add(a, b):\n    return a + b\n",
+]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'tool' %}{{ raise_exception('tools are not supported') }}{% endif %}"
+    "{{ bos_token + message['role'] + '\n' + message['content'] + eos_token + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ bos_token + 'assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a byte-level BPE tokenizer of some 400 tokens and a chat template.
+
+    Prompts start with <|endoftext|>, as its post-processor says.
+    """
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS * 4, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|im_start|>",
+        "eos_token": {"__type": "AddedToken", "content": "<|im_end|>", "special": True},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_fake_repository(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path
+) -> Callable[..., Path]:
+    """`make_fake_repository(num_blocks=..., block_size=..., **limits)`: a new Triton model repository.
+
+    Its one model is called "llm" and is served by the fake executor. It has no end-of-sequence token,
+    which the fake would choose at random: answers are as long as max_tokens says.
+    """
+    vocab_size = tokenizers.Tokenizer.from_file(str(tiny_tokenizer / "tokenizer.json")).get_vocab_size()
+
+    def make(*, num_blocks: int = 512, block_size: int = 16, **limits: int) -> Path:
+        repository = tmp_path_factory.mktemp("repository")
+        chosen = {"max_model_len": 512, "max_num_seqs": 64, "max_num_batched_tokens": 1024} | limits
+        manifest = Manifest(
+            trtforge_version="0",
+            build_key="fake",
+            runtime="fake",
+            dtype="float32",
+            model=ModelInfo(
+                name="llm",
+                architecture="Fake",
+                vocab_size=vocab_size,
+                num_parameters=1,
+                eos_token_ids=(),
+            ),
+            kv_cache=KVCacheLayout(
+                dtype="float32",
+                block_size=block_size,
+                num_blocks=num_blocks,
+                layers=(LayerCache(num_kv_heads=1, head_dim=1),),
+            ),
+            limits=Limits(**chosen),
+            ranks=(),
+            files={},
+        )
+        install_triton_model(repository / "llm", manifest)
+        shutil.copytree(tiny_tokenizer, repository / "llm" / VERSION_FOLDER / manifest.tokenizer)
+        return repository
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def fake_repository(make_fake_repository: Callable[..., Path]) -> Path:
+    """A repository of the fake executor with room for 16 full sequences."""
+    return make_fake_repository()

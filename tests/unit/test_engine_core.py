@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from trtforge.errors import ConfigError, RequestError
+from trtforge.manifest import Limits
+from trtforge.runtime.engine_core import EngineCore
+from trtforge.runtime.executor import ModelInputs, ModelOutputs
+from trtforge.runtime.fake_executor import FakeExecutor
+from trtforge.runtime.request import EngineOutput, EngineRequest, FinishReason, SamplingParams
+from trtforge.runtime.sampler import sample
+
+VOCAB_SIZE = 11
+EOS = (0,)
+
+
+@cache
+def naive_executor(max_model_len: int) -> FakeExecutor:
+    return FakeExecutor(VOCAB_SIZE, num_blocks=1, block_size=max_model_len)
+
+
+@cache
+def naive_generate(
+    prompt: tuple[int, ...], params: SamplingParams, max_model_len: int
+) -> tuple[tuple[int, ...], FinishReason]:
+    """The request alone: the whole prompt in one step, one large block, inputs written out by hand."""
+    executor = naive_executor(max_model_len)
+    stop = set(params.stop_token_ids) | (set() if params.ignore_eos else set(EOS))
+    tokens, num_computed = list(prompt), 0
+    while True:
+        positions = np.arange(num_computed, len(tokens), dtype=np.int32)
+        inputs = ModelInputs(
+            input_ids=np.array(tokens[num_computed:], dtype=np.int32),
+            position_ids=positions,
+            block_tables=np.zeros((1, 1), dtype=np.int32),
+            cu_seqlens=np.array([0, len(positions)], dtype=np.int32),
+            context_lens=np.array([len(tokens)], dtype=np.int32),
+            slot_mapping=positions,
+            logits_indices=np.array([len(positions) - 1], dtype=np.int32),
+        )
+        num_computed = len(tokens)
+        position = len(tokens) - len(prompt)
+        tokens.append(int(sample(executor.execute(inputs).logits, [params], [position])[0]))
+        if tokens[-1] in stop:
+            return tuple(tokens[len(prompt) :]), "stop"
+        if position + 1 == params.max_tokens or len(tokens) == max_model_len:
+            return tuple(tokens[len(prompt) :]), "length"
+
+
+class RecordingExecutor(FakeExecutor):
+    """Remembers the size of every step."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        super().__init__(VOCAB_SIZE, num_blocks, block_size)
+        self.num_tokens: list[int] = []
+        self.num_seqs: list[int] = []
+
+    def execute(self, inputs: ModelInputs) -> ModelOutputs:
+        self.num_tokens.append(len(inputs.input_ids))
+        self.num_seqs.append(len(inputs.context_lens))
+        return super().execute(inputs)
+
+
+def new_core(
+    executor: FakeExecutor, *, max_model_len: int = 64, max_num_seqs: int = 8, budget: int = 64
+) -> EngineCore:
+    limits = Limits(max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+    return EngineCore(executor, limits, EOS, VOCAB_SIZE)
+
+
+def run_to_end(core: EngineCore) -> list[EngineOutput]:
+    outputs = []
+    for _ in range(10_000):
+        if not core.has_work():
+            return outputs
+        outputs += core.step()
+        core.check_integrity()
+    pytest.fail("the engine core does not finish")
+
+
+def tokens_of(outputs: list[EngineOutput], request_id: str) -> tuple[tuple[int, ...], FinishReason | None]:
+    """All tokens and the finish reason, which has to come with the last output and no other."""
+    mine = [output for output in outputs if output.request_id == request_id]
+    assert mine
+    assert all(output.finish_reason is None for output in mine[:-1])
+    return tuple(token for output in mine for token in output.token_ids), mine[-1].finish_reason
+
+
+def greedy(request_id: str, prompt: tuple[int, ...], max_tokens: int = 8) -> EngineRequest:
+    return EngineRequest(request_id, prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+
+
+sampling_params = st.builds(
+    SamplingParams,
+    max_tokens=st.integers(1, 30),
+    temperature=st.sampled_from([0.0, 0.0, 0.5, 1.0]),
+    top_k=st.sampled_from([0, 4]),
+    top_p=st.sampled_from([1.0, 0.8]),
+    seed=st.integers(0, 5),
+    stop_token_ids=st.sampled_from([(), (3,)]),
+    ignore_eos=st.booleans(),
+)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Requests arrive, run and are cancelled at random, on caches small enough to preempt."""
+
+    @initialize(
+        block_size=st.integers(1, 5),
+        max_model_len=st.integers(4, 24),
+        num_spare_blocks=st.integers(0, 10),
+        max_num_seqs=st.integers(1, 6),
+        budget=st.integers(1, 12),
+    )
+    def build(
+        self, block_size: int, max_model_len: int, num_spare_blocks: int, max_num_seqs: int, budget: int
+    ) -> None:
+        self.num_blocks = -(-max_model_len // block_size) + num_spare_blocks
+        self.max_model_len, self.max_num_seqs, self.budget = max_model_len, max_num_seqs, budget
+        self.executor = RecordingExecutor(self.num_blocks, block_size)
+        self.core = new_core(
+            self.executor, max_model_len=max_model_len, max_num_seqs=max_num_seqs, budget=budget
+        )
+        self.requests: dict[str, EngineRequest] = {}
+        self.cancelled: set[str] = set()
+        self.outputs: list[EngineOutput] = []
+
+    @rule(data=st.data(), params=sampling_params)
+    def arrive(self, data: st.DataObject, params: SamplingParams) -> None:
+        tokens = st.integers(0, VOCAB_SIZE - 1)
+        prompt = data.draw(st.lists(tokens, min_size=1, max_size=self.max_model_len - 1))
+        request = EngineRequest(str(len(self.requests)), tuple(prompt), params)
+        self.requests[request.request_id] = request
+        self.core.add_request(request)
+
+    @rule(num_steps=st.integers(1, 6))
+    def step(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            num_executed = len(self.executor.num_tokens)
+            had_work = self.core.num_running + self.core.num_waiting > 0
+            outputs = self.core.step()
+            self.core.check_integrity()
+            self.outputs += outputs
+            assert len({output.request_id for output in outputs}) == len(outputs)
+            assert len(self.executor.num_tokens) == num_executed + had_work, (
+                "no step is idle while work waits"
+            )
+
+    @precondition(lambda self: self.requests)
+    @rule(index=st.integers(0))
+    def cancel(self, index: int) -> None:
+        request_id = str(index % len(self.requests))
+        if not any(o.request_id == request_id and o.finish_reason for o in self.outputs):
+            self.cancelled.add(request_id)
+        self.core.cancel(request_id)
+
+    @invariant()
+    def limits_are_kept(self) -> None:
+        assert max(self.executor.num_tokens, default=0) <= self.budget
+        assert max(self.executor.num_seqs, default=0) <= self.max_num_seqs
+        self.core.check_integrity()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "core"):
+            return
+        self.outputs += run_to_end(self.core)
+        assert self.core.num_free_blocks == self.num_blocks
+        for request_id, request in self.requests.items():
+            expected = naive_generate(request.prompt_token_ids, request.sampling, self.max_model_len)
+            token_ids, finish_reason = tokens_of(self.outputs, request_id)
+            if request_id in self.cancelled:
+                assert finish_reason == "cancelled"
+                assert token_ids == expected[0][: len(token_ids)]
+            else:
+                assert (token_ids, finish_reason) == expected
+
+
+TestEngineCore = EngineMachine.TestCase
+TestEngineCore.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+
+
+def test_preemption_recomputes_and_changes_nothing() -> None:
+    max_model_len = 40
+    executor = RecordingExecutor(num_blocks=10, block_size=4)
+    core = new_core(executor, max_model_len=max_model_len, budget=6)
+    requests = [
+        EngineRequest(
+            str(n),
+            tuple(range(1, 2 + n)),
+            SamplingParams(max_tokens=30, temperature=0.8 * (n % 2), seed=n, ignore_eos=True),
+        )
+        for n in range(6)
+    ]
+    for request in requests:
+        core.add_request(request)
+    outputs = run_to_end(core)
+    for request in requests:
+        expected = naive_generate(request.prompt_token_ids, request.sampling, max_model_len)
+        assert tokens_of(outputs, request.request_id) == expected
+    # The last token of a request is never fed back: more than the others means recomputed.
+    assert sum(executor.num_tokens) > sum(len(r.prompt_token_ids) + 29 for r in requests)
+
+
+def test_a_request_ends_at_max_model_len_with_reason_length() -> None:
+    core = new_core(FakeExecutor(VOCAB_SIZE, 3, 4), max_model_len=12)
+    core.add_request(greedy("a", tuple(range(11)), max_tokens=500))
+    core.add_request(greedy("b", (1, 2), max_tokens=10**12))
+    outputs = run_to_end(core)
+    for request_id, num_tokens in (("a", 1), ("b", 10)):
+        token_ids, finish_reason = tokens_of(outputs, request_id)
+        assert (len(token_ids), finish_reason) == (num_tokens, "length")
+
+
+def test_stop_tokens_end_a_request_and_are_given_out() -> None:
+    prompt = (1, 2, 3)
+    free = naive_generate(prompt, SamplingParams(max_tokens=40, ignore_eos=True), 64)[0]
+    assert EOS[0] in free, "a prompt whose continuation has the end-of-sequence token"
+    other = next(token for token in free[2:] if token != EOS[0])
+    core = new_core(FakeExecutor(VOCAB_SIZE, 100, 4))
+    for request_id, params, last in (
+        ("eos", SamplingParams(max_tokens=40), EOS[0]),
+        ("listed", SamplingParams(max_tokens=40, ignore_eos=True, stop_token_ids=(other,)), other),
+    ):
+        core.add_request(EngineRequest(request_id, prompt, params))
+        expected = free[: free.index(last) + 1]
+        assert tokens_of(run_to_end(core), request_id) == (expected, "stop")
+
+
+def test_bad_requests_are_refused_and_leave_nothing_behind() -> None:
+    core = new_core(FakeExecutor(VOCAB_SIZE, 100, 4), max_model_len=10)
+    core.add_request(greedy("a", (1, 2)))
+    for request, message in (
+        (greedy("a", (3,)), "request id 'a' is in use"),
+        (greedy("b", ()), "the prompt is empty"),
+        (greedy("b", (1,) * 10), "the prompt has 10 tokens; the model takes at most 9"),
+        (greedy("b", (1, 11, 2)), "prompt token id 11 is not in the vocabulary, 0 to 10"),
+        (greedy("b", (1, -1, 2)), "prompt token id -1 is not in the vocabulary"),
+        (greedy("b", (2**40,)), "prompt token id 1099511627776 is not"),
+        (greedy("b", (1,), max_tokens=0), "max_tokens is 0"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            core.add_request(request)
+        core.check_integrity()
+    assert {output.request_id for output in run_to_end(core)} == {"a"}
+    core.add_request(greedy("a", (3,)))  # free again
+
+
+def test_a_cache_too_small_for_max_model_len_is_refused() -> None:
+    with pytest.raises(ConfigError, match="max_model_len 64"):
+        new_core(FakeExecutor(VOCAB_SIZE, num_blocks=15, block_size=4), max_model_len=64)
+
+
+def test_cancelling_frees_blocks_at_once_and_reports_in_the_next_step() -> None:
+    core = new_core(FakeExecutor(VOCAB_SIZE, 100, 4), max_num_seqs=1)
+    core.add_request(greedy("running", (1, 2, 3)))
+    core.add_request(greedy("waiting", (1, 2)))
+    core.step()
+    core.cancel("unknown")
+    for request_id in ("running", "waiting", "running"):
+        core.cancel(request_id)
+    assert core.num_free_blocks == 100
+    assert core.has_work()
+    with pytest.raises(RequestError, match="in use"):
+        core.add_request(greedy("running", (1,)))
+    assert core.step() == [
+        EngineOutput("running", (), "cancelled"),
+        EngineOutput("waiting", (), "cancelled"),
+    ]
+    assert not core.has_work()
+    assert core.step() == []
+
+
+class PoisoningExecutor(FakeExecutor):
+    """Gives NaN to sequences whose context has a certain length."""
+
+    def execute(self, inputs: ModelInputs) -> ModelOutputs:
+        logits = super().execute(inputs).logits
+        logits[inputs.context_lens == 7, 5] = np.nan
+        return ModelOutputs(logits)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nan_logits_end_their_request_only(temperature: float) -> None:
+    core = new_core(PoisoningExecutor(VOCAB_SIZE, 100, 4))
+    params = SamplingParams(max_tokens=5, temperature=temperature, seed=1, ignore_eos=True)
+    prompts = {"alone at 7": (4, 5, 6, 7, 8), "short": (1,), "long": (2,) * 9, "chunk end": (3,) * 30}
+    for request_id, prompt in prompts.items():
+        core.add_request(EngineRequest(request_id, prompt, params))
+    outputs = run_to_end(core)
+    expected = {request_id: naive_generate(prompt, params, 64) for request_id, prompt in prompts.items()}
+    for request_id in ("short", "long", "chunk end"):
+        assert tokens_of(outputs, request_id) == expected[request_id]
+    assert tokens_of(outputs, "alone at 7") == (expected["alone at 7"][0][:2], "error")
+    assert [output.error for output in outputs if output.error] == ["the model's logits are NaN or infinite"]
+    assert core.num_free_blocks == 100
+
+
+class FailingExecutor(FakeExecutor):
+    """Raises in its third step."""
+
+    num_steps = 0
+
+    def execute(self, inputs: ModelInputs) -> ModelOutputs:
+        self.num_steps += 1
+        if self.num_steps == 3:
+            raise MemoryError("out of device memory")
+        return super().execute(inputs)
+
+
+def test_an_executor_failure_ends_the_requests_of_that_step_only() -> None:
+    core = new_core(FailingExecutor(VOCAB_SIZE, 100, 4), max_num_seqs=2)
+    prompts = {str(n): (n, n + 1) for n in range(1, 5)}
+    for request_id, prompt in prompts.items():
+        core.add_request(greedy(request_id, prompt))
+    outputs = run_to_end(core)
+    for request_id, prompt in prompts.items():
+        expected, _ = naive_generate(prompt, greedy("", prompt).sampling, 64)
+        failed = request_id in ("1", "2")
+        token_ids, finish_reason = tokens_of(outputs, request_id)
+        assert finish_reason == ("error" if failed else "length")
+        assert token_ids == (expected[:2] if failed else expected)
+    errors = {output.error for output in outputs if output.finish_reason == "error"}
+    assert errors == {"the executor failed: MemoryError: out of device memory"}
+    assert core.num_free_blocks == 100
+
+
+def test_logits_of_another_vocabulary_are_an_executor_failure() -> None:
+    core = new_core(FakeExecutor(VOCAB_SIZE + 1, 100, 4))
+    core.add_request(greedy("a", (1,)))
+    (output,) = core.step()
+    assert output.finish_reason == "error"
+    assert "logits are (1, 12), not (1, 11)" in (output.error or "")

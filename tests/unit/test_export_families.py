@@ -1,0 +1,219 @@
+"""Every family of decoders becomes one packed graph that computes what Hugging Face computes.
+
+Tiny random models are saved as checkpoints, exported from the meta device, and the files are run by ONNX
+Runtime through the operators' function bodies, in steps that mix prefill, chunked prefill and decode.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from trtforge import wire
+from trtforge.builder.checkpoint import Checkpoint
+from trtforge.builder.export import export_model, write_graph
+from trtforge.plugins.function_bodies import add_function_bodies
+
+BLOCK_SIZE = 4
+NUM_BLOCKS = 24
+
+TINY = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+WINDOW = {"sliding_window": 6}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+DEEPSEEK = {
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
+
+# name: (model type, what differs from TINY)
+FAMILIES = {
+    "llama": ("llama", {}),
+    "llama-llama3-rope": ("llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "llama-yarn-rope": ("llama", {"rope_parameters": YARN_ROPE, "attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, **WINDOW}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "mistral": ("mistral", WINDOW),
+    "ministral": ("ministral", {"head_dim": 16, **WINDOW}),
+    "gemma": ("gemma", {"head_dim": 16}),
+    "gemma2": ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 24, **WINDOW}),
+    "gemma3": (
+        "gemma3_text",
+        {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window_pattern": 2, **WINDOW},
+    ),
+    "phi": ("phi", {"partial_rotary_factor": 0.5}),
+    "phi3": ("phi3", {"partial_rotary_factor": 0.5, **WINDOW}),
+    "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}),
+    "opt": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "gpt_neox": ("gpt_neox", {"rotary_pct": 0.25}),
+    "olmo2": ("olmo2", {}),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2,
+        },
+    ),
+    "cohere": ("cohere", {"logit_scale": 0.25, "use_qk_norm": True}),
+    "cohere2": (
+        "cohere2",
+        {"logit_scale": 0.25, "layer_types": ["sliding_attention", "full_attention"], **WINDOW},
+    ),
+    "stablelm": ("stablelm", {"partial_rotary_factor": 0.25, "use_qkv_bias": True}),
+    "starcoder2": ("starcoder2", WINDOW),
+    "glm4": ("glm4", {"head_dim": 16, "partial_rotary_factor": 0.5}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
+    "exaone4": ("exaone4", {"head_dim": 16, "sliding_window_pattern": 2, **WINDOW}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("qwen2_moe", {"num_experts": 4, "shared_expert_intermediate_size": 48, **MOE}),
+    "qwen3_moe": ("qwen3_moe", {"num_experts": 4, "head_dim": 16, "norm_topk_prob": True, **MOE}),
+    "gpt_oss": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, **WINDOW}),
+    "deepseek_v3": ("deepseek_v3", {**MOE, **DEEPSEEK}),
+}
+
+
+def save_random_model(family: str, folder: Path) -> None:
+    """A checkpoint with every parameter and buffer random; norms around 1, nothing left at 0."""
+    model_type, differences = FAMILIES[family]
+    torch.manual_seed(len(family))
+    config = AutoConfig.for_model(model_type, **(TINY | differences))
+    hf = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        for name, buffer in hf.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.1)
+    hf.save_pretrained(folder)
+
+
+class PagedRunner:
+    """Runs an exported graph step by step; remembers each sequence's tokens and blocks."""
+
+    def __init__(self, folder: Path, exported) -> None:
+        graph = folder / "with_bodies.onnx"
+        model = onnx.load(folder / "model.onnx", load_external_data=False)
+        onnx.save(add_function_bodies(model), graph)
+        self.session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+        self.caches = [
+            np.full((NUM_BLOCKS, 2, BLOCK_SIZE, layer.num_kv_heads, layer.head_dim), 7.0, np.float32)
+            for layer in exported.layers
+        ]
+        self.free = list(np.random.default_rng(0).permutation(NUM_BLOCKS))
+        self.tokens: dict[str, list[int]] = {}
+        self.blocks: dict[str, list[int]] = {}
+
+    def step(self, new_tokens: dict[str, list[int]], num_padding: int = 0) -> dict[str, np.ndarray]:
+        """Append tokens to sequences; returns the logits of each one's new tokens, [new, V].
+
+        `num_padding` rows that belong to no sequence and are not stored follow the real ones.
+        """
+        ids, positions, slots, cu_seqlens = [], [], [], [0]
+        for name, new in new_tokens.items():
+            tokens, blocks = self.tokens.setdefault(name, []), self.blocks.setdefault(name, [])
+            for token in new:
+                position = len(tokens)
+                if position % BLOCK_SIZE == 0:
+                    blocks.append(self.free.pop())
+                tokens.append(token)
+                ids.append(token)
+                positions.append(position)
+                slots.append(blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
+            cu_seqlens.append(len(ids))
+        num_tokens = len(ids)
+        tables = np.zeros((len(new_tokens), max(len(self.blocks[name]) for name in new_tokens)))
+        for row, name in enumerate(new_tokens):
+            tables[row, : len(self.blocks[name])] = self.blocks[name]
+        inputs = {
+            "input_ids": ids + [3] * num_padding,
+            "position_ids": positions + [0] * num_padding,
+            "block_tables": tables,
+            "cu_seqlens": cu_seqlens,
+            "context_lens": [len(self.tokens[name]) for name in new_tokens],
+            "slot_mapping": slots + [-1] * num_padding,
+            "logits_indices": np.arange(num_tokens)[::-1],
+        }
+        feeds = {name: np.asarray(value, np.int32) for name, value in inputs.items()}
+        feeds |= {wire.kv_cache_input(layer): cache for layer, cache in enumerate(self.caches)}
+        logits, *self.caches = self.session.run(None, feeds)
+        rows = logits[::-1]
+        return {
+            name: rows[begin:end]
+            for name, begin, end in zip(new_tokens, cu_seqlens[:-1], cu_seqlens[1:], strict=True)
+        }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_steps_equal_hugging_face(family: str, tmp_path: Path) -> None:
+    save_random_model(family, tmp_path / "hf")
+    exported = export_model(Checkpoint.open(str(tmp_path / "hf")), "float32")
+    write_graph(exported, tmp_path / "graph")
+    runner = PagedRunner(tmp_path / "graph", exported)
+
+    rng = np.random.default_rng(1)
+    texts = {name: rng.integers(3, 128, size).tolist() for name, size in (("a", 13), ("b", 9), ("c", 5))}
+    a, b, c = texts.values()
+    steps = [
+        ({"a": a[:7], "b": b[:6]}, 0),  # two prefills, the first one a chunk
+        ({"a": a[7:12], "b": b[6:7], "c": c[:4]}, 3),  # a chunk, a decode and a prefill, then padding
+        ({"c": c[4:], "a": a[12:], "b": b[7:8]}, 0),  # decodes, in another order
+        ({"b": b[8:]}, 2),
+    ]
+    logits: dict[str, list[np.ndarray]] = {name: [] for name in texts}
+    for new_tokens, num_padding in steps:
+        for name, rows in runner.step(new_tokens, num_padding).items():
+            logits[name].append(rows)
+
+    hf = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    for name, tokens in texts.items():
+        with torch.no_grad():
+            expected = hf(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+        np.testing.assert_allclose(
+            np.concatenate(logits[name]), expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+        )

@@ -1,0 +1,173 @@
+"""Refusals of impossible options, and the arithmetic from options to limits and KV cache."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import BloomConfig, GPT2Config, LlamaConfig
+
+from trtforge import cli
+from trtforge.builder.options import BuildOptions, parse_bytes
+from trtforge.builder.plan import BuildPlan, make_plan, plan_kv_cache
+from trtforge.errors import ConfigError
+from trtforge.manifest import LayerCache, Limits
+
+LLAMA_3_8B = (LayerCache(num_kv_heads=8, head_dim=128),) * 32
+SMOLLM2 = (LayerCache(num_kv_heads=3, head_dim=64),) * 30
+
+
+def options(**values: object) -> BuildOptions:
+    return BuildOptions(model="model", output=Path("repository"), **values)
+
+
+def plan(max_model_len: int = 8192, kv_cache_bytes: int | None = None, block_size: int = 32) -> BuildPlan:
+    limits = Limits(max_model_len=max_model_len, max_num_seqs=256, max_num_batched_tokens=2048)
+    return BuildPlan("llm", "openvino", "bfloat16", block_size, kv_cache_bytes, limits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tp", "2"], "--tp 2 is not built yet"),
+        (["--pp", "4"], "--pp 4 is not built yet"),
+        (["--fp8"], "--fp8 is not built yet"),
+        (["--int4"], "--int4 is not built yet"),
+        (["--runtime", "tensorrt"], "--runtime tensorrt is not built yet: use --runtime openvino"),
+        (["--runtime", "tensorrt-rtx"], "--runtime tensorrt-rtx is not built yet"),
+        (["--runtime", "cuda"], "'cuda' is not one of 'auto', 'openvino'"),
+        (["--dtype", "int8"], "'int8' is not one of 'auto', 'float32'"),
+        (["--block-size", "16"], "blocks of 32 tokens"),
+        (["--max-num-batched-tokens", "0"], "--max-num-batched-tokens 0 is not allowed"),
+        (["--max-num-seqs", "-1"], "--max-num-seqs -1 is not allowed"),
+        (["--max-model-len", "0"], "--max-model-len 0 is not allowed"),
+        (["--kv-cache-bytes", "0"], "--kv-cache-bytes 0 is not allowed"),
+        (["--kv-cache-bytes", "2GB"], "--kv-cache-bytes '2GB' is not a size"),
+        (["--tp", "0"], "--tp 0 is not allowed"),
+        (["--name", "../elsewhere"], "model name '../elsewhere' is not allowed"),
+        (["--name", "/etc"], "model name '/etc' is not allowed"),
+        (["--name", ".."], "model name '..' is not allowed"),
+        (["--name", ""], "model name '' is not allowed"),
+        ([], "no such model is neither a folder nor a model id"),
+    ],
+)
+def test_command_refuses_with_one_line_and_exit_code_2(
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TERMINAL_WIDTH", "400")
+    command = ["build-engine", "no such model", "--output", str(tmp_path / "repository")]
+    monkeypatch.setattr(sys, "argv", [*command, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.build_engine()
+    assert ended.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if said in line]
+    assert len(lines) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("1", 1), ("512MiB", 512 * 2**20), ("2 gib", 2 * 2**30), ("3KiB", 3072), (" 1TiB ", 2**40)],
+)
+def test_sizes(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "1.5GiB", "-1", "1GB", "1 GiB 2", "0x10"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(ConfigError, match="use a whole number of bytes"):
+        parse_bytes(text)
+
+
+def test_max_model_len_is_the_configs_but_at_most_8192() -> None:
+    assert (
+        make_plan(options(), LlamaConfig(max_position_embeddings=2048), "float16").limits.max_model_len
+        == 2048
+    )
+    assert make_plan(options(), GPT2Config(n_positions=1024), "float32").limits.max_model_len == 1024
+    long = LlamaConfig(max_position_embeddings=131072)
+    assert make_plan(options(), long, "float16").limits.max_model_len == 8192
+    assert make_plan(options(max_model_len=131072), long, "float16").limits.max_model_len == 131072
+    with pytest.raises(ConfigError, match=r"--max-model-len 131073 is more than .* 131072"):
+        make_plan(options(max_model_len=131073), long, "float16")
+
+
+def test_max_model_len_has_to_be_given_where_the_config_has_none() -> None:
+    config = BloomConfig()
+    with pytest.raises(ConfigError, match="say the longest sequence with --max-model-len"):
+        make_plan(options(), config, "float32")
+    assert make_plan(options(max_model_len=99), config, "float32").limits.max_model_len == 99
+
+
+def test_auto_dtype_is_the_checkpoints() -> None:
+    assert make_plan(options(), LlamaConfig(), "float16").dtype == "float16"
+    assert make_plan(options(dtype="float32"), LlamaConfig(), "float16").dtype == "float32"
+
+
+@pytest.mark.parametrize(("layers", "bytes_per_token"), [(LLAMA_3_8B, 131072), (SMOLLM2, 23040)])
+def test_kv_cache_bytes_per_token(layers: tuple[LayerCache, ...], bytes_per_token: int) -> None:
+    layout = plan_kv_cache(plan(), layers)
+    assert layout.bytes_per_token == bytes_per_token
+    assert layout.num_blocks == 2**30 // (32 * bytes_per_token)
+
+
+def test_default_kv_cache_holds_one_longest_sequence_at_least() -> None:
+    # 16,000 tokens of 131,072 bytes are more than 1 GiB; 500 blocks of 32 tokens hold them exactly.
+    assert plan_kv_cache(plan(max_model_len=16_000), LLAMA_3_8B).num_blocks == 500
+
+
+def test_too_small_a_kv_cache_is_refused_with_figures_that_work() -> None:
+    # 100 tokens need 4 blocks of 32 tokens of 23,040 bytes.
+    needed = 4 * 32 * 23040
+    assert plan_kv_cache(plan(100, needed), SMOLLM2).num_blocks == 4
+    with pytest.raises(ConfigError, match=f"needs {needed} bytes") as refused:
+        plan_kv_cache(plan(100, needed - 1), SMOLLM2)
+    longest = int(re.search(r"--max-model-len (\d+) at most", str(refused.value))[1])
+    assert plan_kv_cache(plan(longest, needed - 1), SMOLLM2).num_blocks == 3
+    with pytest.raises(ConfigError, match=f"needs {needed} bytes"):
+        plan_kv_cache(plan(longest + 1, needed - 1), SMOLLM2)
+    with pytest.raises(ConfigError, match="one block of 32 tokens alone is 737280 bytes"):
+        plan_kv_cache(plan(1, 737279), SMOLLM2)
+
+
+def test_more_slots_than_int32_reaches_are_refused_with_a_budget_that_works() -> None:
+    tiny = (LayerCache(num_kv_heads=1, head_dim=8),)
+    with pytest.raises(ConfigError, match="slot numbers") as refused:
+        plan_kv_cache(plan(kv_cache_bytes=2**40), tiny)
+    budget = int(re.search(r"at most (\d+)", str(refused.value))[1])
+    assert plan_kv_cache(plan(kv_cache_bytes=budget), tiny).num_blocks * 32 < 2**31
+    with pytest.raises(ConfigError, match="slot numbers"):
+        plan_kv_cache(plan(kv_cache_bytes=budget + 32 * 32), tiny)
+
+
+@given(
+    layers=st.lists(
+        st.builds(LayerCache, num_kv_heads=st.integers(1, 16), head_dim=st.integers(8, 256)),
+        min_size=1,
+        max_size=8,
+    ),
+    block_size=st.integers(1, 64),
+    max_model_len=st.integers(1, 4096),
+    kv_cache_bytes=st.integers(1, 2**32),
+)
+def test_blocks_fill_the_budget_and_hold_a_sequence(
+    layers: list[LayerCache], block_size: int, max_model_len: int, kv_cache_bytes: int
+) -> None:
+    try:
+        layout = plan_kv_cache(plan(max_model_len, kv_cache_bytes, block_size), layers)
+    except ConfigError as error:
+        needed = int(re.search(r"needs (\d+) bytes", str(error))[1])
+        assert needed > kv_cache_bytes
+        assert plan_kv_cache(plan(max_model_len, needed, block_size), layers).num_blocks
+        return
+    block_bytes = sum(2 * 2 * layer.num_kv_heads * layer.head_dim for layer in layers) * block_size
+    assert layout.num_blocks * block_bytes <= kv_cache_bytes < (layout.num_blocks + 1) * block_bytes
+    assert layout.num_blocks * block_size >= max_model_len
