@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections import Counter
 from collections.abc import Mapping
@@ -66,7 +67,7 @@ class Checkpoint:
         files = {file for pattern in _CONFIG_FILES + _TOKENIZER_FILES for file in self.folder.glob(pattern)}
         files |= {entry.file for entry in self.tensors.values()}
         digest = hashlib.sha256()
-        for file in sorted(files):
+        for file in sorted(files, key=lambda file: file.name):
             digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
             with file.open("rb") as stream:
                 while block := stream.read(_READ_BYTES):
@@ -88,15 +89,23 @@ def _download(model: str) -> Path:
         raise ConfigError(f"{model} cannot be downloaded from the Hugging Face hub: {error}") from None
 
 
-def _read_config(folder: Path) -> Any:
-    path = folder / "config.json"
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises ConfigError if it holds anything else."""
     try:
         values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: {folder} is not a Hugging Face model folder") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
-    _refuse_quantized(values)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a JSON {type(values).__name__}, expected an object")
+    return values
+
+
+def _read_config(folder: Path) -> Any:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist: {folder} is not a Hugging Face model folder")
+    values = read_json(path)
+    _refuse_quantized(folder, values)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
@@ -109,23 +118,29 @@ def _read_config(folder: Path) -> Any:
         raise ExportError(f"transformers cannot read {path} (model type {model_type!r}): {error}") from None
 
 
-def _refuse_quantized(values: Mapping[str, Any]) -> None:
-    """transformers loads some quantized checkpoints without their scales and without an error."""
-    for scope in (values, values.get("text_config") or {}):
-        quantization = scope.get("quantization_config")
-        if quantization:
-            method = quantization.get("quant_method", "of unknown method")
-            raise ExportError(
-                f"the checkpoint is quantized ({method}), which is not supported yet: give the model in "
-                "float32, bfloat16 or float16"
-            )
+def _refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse what transformers could load without its scales and without an error."""
+    found = [scope.get("quantization_config") for scope in (config, config.get("text_config") or {})]
+    found.append(config.get("compression_config"))
+    method = next((str(entry.get("quant_method", "unknown method")) for entry in found if entry), None)
+    side_file = folder / "hf_quant_config.json"  # of NVIDIA ModelOpt
+    if method is None and side_file.is_file():
+        method = str(read_json(side_file).get("quantization", {}).get("quant_algo", side_file.name))
+    if method is not None:
+        raise ExportError(
+            f"the checkpoint is quantized ({method}), which is not supported yet: give the model in float32, "
+            "bfloat16 or float16"
+        )
 
 
 def _read_index(folder: Path) -> dict[str, TensorEntry]:
     """Where each tensor is, from the headers of all safetensors files that belong to the model."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise ConfigError(f"{index} names {outside[0]!r}, which is not a file beside it")
     else:
         names = sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:
@@ -152,19 +167,22 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
                 raise ValueError(f"its header should have {length} bytes, the file has {size}")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
-        start = 8 + length
-        tensors = {}
-        for name, fields in header.items():
-            begin, end = fields["data_offsets"]
-            if start + end > size:
-                raise ValueError(f"{name} ends at byte {start + end}, the file has {size}")
-            shape = tuple(fields["shape"])
-            tensors[name] = TensorEntry(file, fields["dtype"], shape, start + begin, end - begin)
-        return tensors
+        return {name: _entry(file, name, fields, 8 + length, size) for name, fields in header.items()}
     except FileNotFoundError:
         raise ConfigError(f"{file} does not exist, but the checkpoint's index names it") from None
-    except (ValueError, KeyError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise ConfigError(f"{file} is not a complete safetensors file: {error}") from None
+
+
+def _entry(file: Path, name: str, fields: Mapping[str, Any], start: int, size: int) -> TensorEntry:
+    begin, end = fields["data_offsets"]
+    shape = tuple(int(dim) for dim in fields["shape"])
+    if not 0 <= begin <= end <= size - start:
+        raise ValueError(f"{name} has bytes {begin} to {end} of the data, of which there are {size - start}")
+    num_elements = math.prod(shape)
+    if min(shape, default=0) < 0 or (num_elements and (end - begin) * 8 % num_elements):
+        raise ValueError(f"{name} of shape {list(shape)} cannot have {end - begin} bytes")
+    return TensorEntry(file, fields["dtype"], shape, start + begin, end - begin)
 
 
 def _common_dtype(folder: Path, tensors: Mapping[str, TensorEntry]) -> DType:

@@ -25,7 +25,7 @@ def build(
         RuntimeChoice, typer.Option(help="What executes the model; auto picks openvino today.")
     ] = "auto",
     dtype: Annotated[
-        DTypeChoice, typer.Option(help="Of weights and KV cache; auto keeps the model's.")
+        DTypeChoice, typer.Option(help="Of weights and KV cache; auto keeps the model's, if the runtime can.")
     ] = "auto",
     tp: Annotated[int, typer.Option(help="Ranks that share every layer (only 1 today).")] = 1,
     pp: Annotated[int, typer.Option(help="Ranks with some layers each (only 1 today).")] = 1,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,10 @@ import onnx_ir.passes.common
 import torch
 from onnxscript import optimizer
 
-from trtforge.builder.checkpoint import Checkpoint
+from trtforge.builder.checkpoint import Checkpoint, read_json
 from trtforge.builder.meta_model import build_meta_model
 from trtforge.builder.trace import WEIGHT_PREFIX, trace
-from trtforge.builder.weights import attach_weights, is_weight, locate_weights
+from trtforge.builder.weights import attach_weights, detach_weights, is_weight, locate_weights
 from trtforge.builder.weights_file import write_weights
 from trtforge.manifest import DType, LayerCache
 
@@ -52,8 +51,10 @@ def export_model(
     sources = locate_weights(hf, checkpoint)
     model, layers = trace(hf, getattr(torch, dtype), stage)
     stage("optimize")
-    attach_weights(model.graph, sources, WEIGHT_PREFIX)
-    _optimize(model)
+    weights = detach_weights(model.graph)
+    optimizer.optimize_ir(model)
+    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(model)
+    attach_weights(model.graph, weights, sources, WEIGHT_PREFIX)
     parameters = {id(parameter): parameter.numel() for parameter in hf.parameters()}
     return ExportedModel(
         model=model,
@@ -88,21 +89,12 @@ def write_graph(
     return [onnx_file, weights_file]
 
 
-def _optimize(model: ir.Model) -> None:
-    def should_fold(node: ir.Node) -> bool | None:
-        # Folding would read a weight and write it again in another layout under another name.
-        return False if any(is_weight(value) for value in node.inputs) else None
-
-    optimizer.optimize_ir(model, should_fold=should_fold)
-    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(model)
-
-
 def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     """Tokens that end a text, from generation_config.json or else config.json."""
     ids: Any = None
     path = checkpoint.folder / "generation_config.json"
     if path.is_file():
-        ids = json.loads(path.read_text()).get("eos_token_id")
+        ids = read_json(path).get("eos_token_id")
     if ids is None:
         ids = checkpoint.config.get_text_config(decoder=True).eos_token_id
     if ids is None:

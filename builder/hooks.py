@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,8 @@ from trtforge.errors import ExportError
 from trtforge.manifest import LayerCache
 from trtforge.plugins.moe_experts.op import MOE_EXPERTS
 from trtforge.plugins.paged_attention.op import PAGED_ATTENTION
+
+_one_at_a_time = threading.Lock()
 
 _IMPLEMENTATION = "trtforge"
 _ROTARY = "apply_rotary_pos_emb"
@@ -80,10 +83,14 @@ class Hooks:
     def installed(self) -> Iterator[None]:
         """Put the hooks in place; on leaving, also by an exception, everything is as it was.
 
-        They are process-wide: models can be traced one after the other or nested, not in parallel.
+        They are process-wide, so that models can be traced only one after the other; raises ExportError
+        while another one is.
         """
+        if not _one_at_a_time.acquire(blocking=False):
+            raise ExportError("another model is being traced in this process; trace one after the other")
         config = self._hf.config
         with contextlib.ExitStack() as stack:
+            stack.callback(_one_at_a_time.release)
             for registry, function in (
                 (ALL_ATTENTION_FUNCTIONS, self._attention),
                 (ALL_EXPERTS_FUNCTIONS, self._experts),
@@ -119,8 +126,8 @@ class Hooks:
             config = arguments["config"]
             if name not in _WINDOW_OF_MASK or not getattr(config, "is_causal", True):
                 raise ExportError(
-                    f"{self._model_type} attends through {name}; only causal masks, with or without a sliding "
-                    "window, can be served from a paged cache"
+                    f"{self._model_type} attends through {name}; only causal masks, with or without a "
+                    "sliding window, can be served from a paged cache"
                 )
             names = arguments.keys() - _HARMLESS_MASK_ARGUMENTS
             special = sorted(key for key in names if arguments[key] is not None)
@@ -214,16 +221,17 @@ class Hooks:
 
     def _rotary_hook(self, function: rotary.Rotate) -> rotary.Rotate:
         convention = rotary.recognize(function)
+        does_partial = convention == rotary.recognize(function, partial=True)
+        unknown = f"{self._model_type}: its {_ROTARY} follows a rotation convention that is not known here"
 
         def apply_rotary_pos_emb(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
             if convention is None or len(args) != 4 or options:
-                raise ExportError(
-                    f"{self._model_type}: the rotation convention of its {_ROTARY} is not one of "
-                    f"{', '.join(str(known) for known in rotary.CONVENTIONS)}"
-                )
+                raise ExportError(unknown)
             q, k, cos, sin = args  # [T, H, 1, D], [T, Hkv, 1, D], two of [T, 1, R or R / 2]
-            angles = convention.angles(cos), convention.angles(sin)
-            return _rotate(q, *angles, convention), _rotate(k, *angles, convention)
+            cos, sin = convention.angles(cos), convention.angles(sin)
+            if 2 * cos.shape[-1] != q.shape[-1] and not does_partial:
+                raise ExportError(unknown)
+            return _rotate(q, cos, sin, convention.interleaved), _rotate(k, cos, sin, convention.interleaved)
 
         return apply_rotary_pos_emb
 
@@ -232,7 +240,7 @@ def _rotate(
     x: torch.Tensor,  # [T, H, 1, D]
     cos: torch.Tensor,  # [T, 1, R / 2]
     sin: torch.Tensor,
-    convention: rotary.RotaryConvention,
+    interleaved: bool,
 ) -> torch.Tensor:
     size = 2 * cos.shape[-1]
     dtype = torch.promote_types(x.dtype, cos.dtype)
@@ -240,7 +248,7 @@ def _rotate(
         x.to(dtype),
         cos.to(dtype),
         sin.to(dtype),
-        interleaved=convention.interleaved,
+        interleaved=interleaved,
         rotary_embedding_dim=0 if size == x.shape[-1] else size,
     )
     return turned.to(x.dtype)

@@ -31,7 +31,8 @@ class BuildPlan:
 def make_plan(options: BuildOptions, config: Any, checkpoint_dtype: DType) -> BuildPlan:
     """Fill what `options` leave open from the Hugging Face `config` and the dtype of the weights.
 
-    Raises ConfigError if the model cannot have sequences of --max-model-len tokens.
+    Raises ConfigError if the model cannot have sequences of --max-model-len tokens, and for a dtype that
+    the runtime cannot compute in.
     """
     longest: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     max_model_len = options.max_model_len
@@ -50,7 +51,7 @@ def make_plan(options: BuildOptions, config: Any, checkpoint_dtype: DType) -> Bu
     return BuildPlan(
         name=options.name,
         runtime="openvino",
-        dtype=checkpoint_dtype if options.dtype == "auto" else options.dtype,
+        dtype=_choose_dtype(options, checkpoint_dtype),
         block_size=options.block_size or OPENVINO_BLOCK_SIZE,
         kv_cache_bytes=options.kv_cache_bytes,
         limits=Limits(
@@ -59,6 +60,17 @@ def make_plan(options: BuildOptions, config: Any, checkpoint_dtype: DType) -> Bu
             max_num_batched_tokens=options.max_num_batched_tokens,
         ),
     )
+
+
+def _choose_dtype(options: BuildOptions, checkpoint_dtype: DType) -> DType:
+    """OpenVINO's CPU plugin computes wrong results in float16: nothing may end up there."""
+    if options.dtype == "float16":
+        raise ConfigError(
+            "--dtype float16 is computed wrongly by openvino on a CPU: use --dtype bfloat16, or float32"
+        )
+    if options.dtype != "auto":
+        return options.dtype
+    return "bfloat16" if checkpoint_dtype == "float16" else checkpoint_dtype
 
 
 def plan_kv_cache(plan: BuildPlan, layers: Sequence[LayerCache]) -> KVCacheLayout:

@@ -69,18 +69,23 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved
     return torch.cat((turned, rest), dim=-1)
 
 
-def recognize(apply_rotary_pos_emb: Rotate) -> RotaryConvention | None:
-    """The convention that the function agrees with on random numbers, full and partial, or None."""
-    return next((c for c in CONVENTIONS if _agrees(apply_rotary_pos_emb, c)), None)
+def recognize(apply_rotary_pos_emb: Rotate, *, partial: bool = False) -> RotaryConvention | None:
+    """The convention that the function agrees with on random numbers, or None.
+
+    With `partial` cos and sin are narrower than the heads, and the function has to leave the rest as it is.
+    """
+    rotary_dim = 8 if partial else 16
+    return next((c for c in CONVENTIONS if _agrees(apply_rotary_pos_emb, c, rotary_dim, head_dim=16)), None)
 
 
-def _agrees(apply_rotary_pos_emb: Rotate, convention: RotaryConvention) -> bool:
+def _agrees(
+    apply_rotary_pos_emb: Rotate, convention: RotaryConvention, rotary_dim: int, head_dim: int
+) -> bool:
     generator = torch.Generator().manual_seed(0)
-    head_dim = 16
     with torch.no_grad(), torch.device("cpu"):
         q = torch.randn(3, 4, 1, head_dim, generator=generator)  # [T, H, 1, D]
         k = torch.randn(3, 2, 1, head_dim, generator=generator)
-        angles = torch.randn(3, 1, head_dim // 2, generator=generator)
+        angles = torch.randn(3, 1, rotary_dim // 2, generator=generator)
         cos, sin = angles.cos(), angles.sin()
         try:
             results = apply_rotary_pos_emb(q, k, convention.expand(cos), convention.expand(sin))

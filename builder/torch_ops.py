@@ -18,8 +18,6 @@ from trtforge.plugins.moe_experts.op import MOE_EXPERTS
 from trtforge.plugins.op import DOMAIN, OPSET_VERSION, AttributeValue, OpSpec
 from trtforge.plugins.paged_attention.op import PAGED_ATTENTION
 
-OPERATORS = (PAGED_ATTENTION, LINEAR, MOE_EXPERTS)
-
 # Which input each output has the shape and dtype of.
 _OUTPUTS_LIKE = {PAGED_ATTENTION.name: ("q", "kv_cache"), MOE_EXPERTS.name: ("x",)}
 _TORCH_TYPES = {"int": "int", "float": "float", "string": "str"}

@@ -151,8 +151,7 @@ def _check_layers(hf: Any, layers: tuple[LayerCache, ...]) -> None:
 
 def _check_inputs(hf: Any, model: ir.Model) -> None:
     """Refuse a model that counts positions itself: it would take each token for the first one."""
-    unused = {value.name for value in model.graph.inputs if not value.uses()}
-    if "position_ids" in unused:
+    if any(value.name == "position_ids" and not value.uses() for value in model.graph.inputs):
         raise ExportError(f"{hf.config.model_type} does not use the position_ids that it is given")
 
 

@@ -8,7 +8,7 @@ but on byte ranges: a weight is the concatenation of pieces of files.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +51,10 @@ _TORCH_DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class WeightSource:
-    """A weight's shape and the pieces whose elements, one after the other, are its elements in C order."""
+    """A weight's name in the model, shape, and the pieces whose elements, one after the other, are its
+    elements in C order. Weights that are tied are one, under the name that is stored."""
 
+    name: str
     shape: tuple[int, ...]
     pieces: tuple[TensorEntry, ...]
 
@@ -73,12 +75,14 @@ class WeightSource:
 class CheckpointTensor(ir.LazyTensor):  # type: ignore[misc]
     """A weight that is put together, and converted to another dtype, each time it is read."""
 
-    def __init__(self, name: str, dtype: ir.DataType, source: WeightSource) -> None:
+    def __init__(self, dtype: ir.DataType, source: WeightSource) -> None:
         unsupported = {IR_DTYPES.get(piece.dtype) for piece in source.pieces} - _TORCH_DTYPES.keys() - {dtype}
         if unsupported:
             stored = ", ".join(sorted({piece.dtype for piece in source.pieces}))
-            raise ExportError(f"{name} is stored as {stored}, which cannot be converted to {dtype.name}")
-        super().__init__(self._read, dtype=dtype, shape=ir.Shape(source.shape), name=name)
+            raise ExportError(
+                f"{source.name} is stored as {stored}, which cannot be converted to {dtype.name}"
+            )
+        super().__init__(self._read, dtype=dtype, shape=ir.Shape(source.shape), name=source.name)
         self._source = source
 
     def _read(self) -> ir.TensorProtocol:
@@ -151,7 +155,7 @@ def _follow_rules(hf: Any, checkpoint: Checkpoint) -> dict[str, WeightSource]:
         if target not in state:
             continue
         if pattern is None:
-            plain[target] = WeightSource(entry.shape, (entry,))
+            plain[target] = WeightSource(target, entry.shape, (entry,))
         else:
             split[target][pattern].append(entry)
     for target, groups in split.items():
@@ -175,7 +179,7 @@ def _merge(
         raise ExportError(f"{target}: the experts in the checkpoint differ in shape: {sorted(shapes)}")
     (parts,) = shapes
     shape = (len(experts), sum(part[0] for part in parts), *parts[0][1:])
-    return WeightSource(shape, tuple(entry for expert in experts for entry in expert))
+    return WeightSource(target, shape, tuple(entry for expert in experts for entry in expert))
 
 
 def _aliases(hf: Any) -> dict[str, list[str]]:
@@ -204,40 +208,57 @@ def _equal(one: WeightSource, other: WeightSource) -> bool:
 # --------------------------------------------------------------------------- sources -> graph
 
 
-def attach_weights(graph: ir.Graph, sources: Mapping[str, WeightSource], prefix: str) -> None:
-    """Give every initializer that was traced on the meta device its data, read when needed.
+def detach_weights(graph: ir.Graph) -> list[ir.Value]:
+    """Turn the initializers that were traced on the meta device into inputs, and return them.
 
-    Initializers are called `prefix` + the weight's name and lose the prefix. Raises ExportError for one
-    without a source.
+    An optimizer then knows nothing about them: it cannot read, fold or merge weights.
     """
+    detached = []
     for initializer in list(graph.initializers.values()):
         raw = getattr(initializer.const_value, "raw", None)
-        if not isinstance(raw, torch.Tensor) or raw.device.type != "meta":
+        if isinstance(raw, torch.Tensor) and raw.device.type == "meta":
+            del graph.initializers[initializer.name]
+            initializer.const_value = None
+            graph.inputs.append(initializer)
+            detached.append(initializer)
+    return detached
+
+
+def attach_weights(
+    graph: ir.Graph, detached: Iterable[ir.Value], sources: Mapping[str, WeightSource], prefix: str
+) -> None:
+    """Make `detached` initializers again, with data that is read from the checkpoint when needed.
+
+    Their names are `prefix` + the weight's name, and lose the prefix. Raises ExportError for one that the
+    graph uses but the checkpoint lacks.
+    """
+    for value in detached:
+        graph.inputs.remove(value)
+        if not value.uses():
             continue
-        name = initializer.name.removeprefix(prefix)
+        name = value.name.removeprefix(prefix)
         if name not in sources:
             raise ExportError(f"the checkpoint lacks {name}, which the model needs")
-        del graph.initializers[initializer.name]
-        initializer.name = name
-        initializer.const_value = _tensor(name, initializer.dtype, sources[name])
-        graph.initializers[name] = initializer
+        value.name = sources[name].name
+        value.const_value = _tensor(value.dtype, sources[name])
+        graph.initializers[value.name] = value
 
 
-def is_weight(value: ir.Value | None) -> bool:
-    """Whether `value` is an initializer with data in a checkpoint, not a constant of the graph."""
-    return value is not None and isinstance(value.const_value, ir.ExternalTensor | CheckpointTensor)
+def is_weight(initializer: ir.Value) -> bool:
+    """Whether the data is that of a checkpoint, and not a constant of the graph."""
+    return isinstance(initializer.const_value, ir.ExternalTensor | CheckpointTensor)
 
 
-def _tensor(name: str, dtype: ir.DataType, source: WeightSource) -> ir.TensorProtocol:
+def _tensor(dtype: ir.DataType, source: WeightSource) -> ir.TensorProtocol:
     first = source.pieces[0]
     if len(source.pieces) > 1 or IR_DTYPES.get(first.dtype) != dtype:
-        return CheckpointTensor(name, dtype, source)
+        return CheckpointTensor(dtype, source)
     return ir.ExternalTensor(
         first.file.name,
         first.offset,
         first.nbytes,
         dtype,
         shape=ir.Shape(source.shape),
-        name=name,
+        name=source.name,
         base_dir=first.file.parent,
     )

@@ -11,7 +11,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from trtforge.client import protocol
 from trtforge.client.protocol import SERVER_DEFAULTS, Chunk, Completion, Prompt, SamplingOptions
-from trtforge.errors import ServerError, TrtforgeError
+from trtforge.errors import ServerError
 
 __all__ = ["AsyncClient", "AsyncCompletionStream", "Chunk", "Completion", "SamplingOptions"]
 
@@ -51,7 +51,7 @@ class AsyncCompletionStream(AsyncIterator[Chunk]):
         except grpc.RpcError as error:
             if self._finished or self._closed:
                 return None
-            raise await self._client._translate(error) from error
+            raise protocol.rpc_error(error, self._client.url) from error
         except asyncio.CancelledError as error:
             # gRPC raises it for a call that was cancelled on this side, whether or not the task was.
             if self._closed:
@@ -152,17 +152,5 @@ class AsyncClient:
     def _start(
         self, request: service_pb2.ModelInferRequest, timeout_s: float | None
     ) -> AsyncCompletionStream:
-        call = self._stub.ModelStreamInfer(iter([request]), metadata=protocol.METADATA, timeout=timeout_s)
+        call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout_s)
         return AsyncCompletionStream(call, self)
-
-    async def _translate(self, error: grpc.RpcError) -> TrtforgeError:
-        live = error.code() is grpc.StatusCode.UNAVAILABLE and await self._is_live()
-        return protocol.rpc_error(error, self.url, server_is_live=live)
-
-    async def _is_live(self) -> bool:
-        try:
-            request = service_pb2.ServerLiveRequest()
-            response = await self._stub.ServerLive(request, timeout=protocol.LIVE_TIMEOUT_S)
-        except grpc.RpcError:
-            return False
-        return bool(response.live)

@@ -21,10 +21,6 @@ CHANNEL_OPTIONS = [
     # A proxy for web pages is of no use between here and the server.
     ("grpc.enable_http_proxy", 0),
 ]
-# Makes the server end the stream with a status instead of putting an error text into a response.
-METADATA = (("triton_grpc_error", "true"),)
-# How long an unavailable server has to prove that it is there and only its model has no room.
-LIVE_TIMEOUT_S = 2.0
 
 _LENGTH = struct.Struct("<I")
 _INT32_BYTES = 4
@@ -144,11 +140,11 @@ def _add_tensor(request: service_pb2.ModelInferRequest, spec: wire.TritonTensor,
 def parse_response(response: service_pb2.ModelStreamInferResponse) -> Chunk | None:
     """The chunk of one response; None for one without contents, which only says that it is the last.
 
-    Raises ServerError if the server refused the request before the model saw it, or if the response
-    is not one of a model built by this project.
+    Raises the error that the response carries, and ServerError if the response is not one of a model
+    built by this project.
     """
     if response.error_message:
-        raise ServerError(f"the server refused the request: {response.error_message.strip()}")
+        raise _model_error(response.error_message.strip())
     contents = response.infer_response
     if not contents.outputs:
         return None
@@ -163,6 +159,17 @@ def parse_response(response: service_pb2.ModelStreamInferResponse) -> Chunk | No
         num_input_tokens=sum(_numbers(tensors, "num_input_tokens")),
         num_output_tokens=sum(_numbers(tensors, "num_output_tokens")),
     )
+
+
+def _model_error(text: str) -> TrtforgeError:
+    code, message = wire.split_error_text(text)
+    if code == "INVALID_ARG":
+        return RequestError(message)
+    if code == "UNAVAILABLE":
+        return CapacityError(message)
+    if code is None:
+        return ServerError(f"the server refused the request: {message}")
+    return ServerError(f"the model failed the request: {message}")
 
 
 def _strings(tensors: Mapping[str, bytes], name: str) -> list[str]:
@@ -206,17 +213,9 @@ def unfinished() -> ServerError:
     return ServerError("the answer is incomplete: the server ended the stream without a finish_reason")
 
 
-def rpc_error(error: grpc.RpcError, url: str, *, server_is_live: bool) -> TrtforgeError:
-    """The project's error for a failed call.
-
-    The status UNAVAILABLE comes from the model when it has no room and from gRPC when there is no
-    connection; `server_is_live` tells which.
-    """
+def rpc_error(error: grpc.RpcError, url: str) -> ServerError:
+    """The project's error for a call that failed as such; what the model refuses comes in a response."""
     code, details = error.code(), error.details()
-    if code is grpc.StatusCode.INVALID_ARGUMENT:
-        return RequestError(details)
-    if code is grpc.StatusCode.UNAVAILABLE and server_is_live:
-        return CapacityError(details)
     if code is grpc.StatusCode.UNAVAILABLE:
         return ServerError(f"no connection to a server at {url}: {details}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:

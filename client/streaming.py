@@ -10,7 +10,6 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from trtforge.client import protocol
 from trtforge.client.protocol import SERVER_DEFAULTS, Chunk, Completion, Prompt, SamplingOptions
-from trtforge.errors import TrtforgeError
 
 __all__ = ["Chunk", "Client", "Completion", "CompletionStream", "SamplingOptions"]
 
@@ -47,7 +46,7 @@ class CompletionStream(Iterator[Chunk]):
         except grpc.RpcError as error:
             if self._finished or self._closed:
                 return None
-            raise self._client._translate(error) from error
+            raise protocol.rpc_error(error, self._client.url) from error
 
     def __enter__(self) -> CompletionStream:
         return self
@@ -140,16 +139,5 @@ class Client:
         return self._start(request, timeout_s)
 
     def _start(self, request: service_pb2.ModelInferRequest, timeout_s: float | None) -> CompletionStream:
-        call = self._stub.ModelStreamInfer(iter([request]), metadata=protocol.METADATA, timeout=timeout_s)
+        call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout_s)
         return CompletionStream(call, self)
-
-    def _translate(self, error: grpc.RpcError) -> TrtforgeError:
-        live = error.code() is grpc.StatusCode.UNAVAILABLE and self._is_live()
-        return protocol.rpc_error(error, self.url, server_is_live=live)
-
-    def _is_live(self) -> bool:
-        try:
-            request = service_pb2.ServerLiveRequest()
-            return bool(self._stub.ServerLive(request, timeout=protocol.LIVE_TIMEOUT_S).live)
-        except grpc.RpcError:
-            return False

@@ -6,8 +6,7 @@ has to find its plugins, and which of the two its parser takes depends on its ve
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import onnx
 from onnxscript import ir
@@ -18,7 +17,7 @@ from trtforge.plugins.linear import function as linear
 from trtforge.plugins.linear.op import LINEAR
 from trtforge.plugins.moe_experts import function as moe_experts
 from trtforge.plugins.moe_experts.op import MOE_EXPERTS
-from trtforge.plugins.op import DOMAIN, OpSpec
+from trtforge.plugins.op import DOMAIN, AttributeValue, OpSpec
 from trtforge.plugins.paged_attention import function as paged_attention
 from trtforge.plugins.paged_attention.op import PAGED_ATTENTION
 
@@ -29,6 +28,9 @@ _BODIES: dict[str, tuple[OpSpec, WriteBody]] = {
 }
 
 Model = TypeVar("Model", onnx.ModelProto, ir.Model)
+
+# Operator, attributes, and which inputs are there.
+_Variant: TypeAlias = tuple[str, tuple[tuple[str, AttributeValue], ...], tuple[bool, ...]]
 
 
 def add_function_bodies(model: Model) -> Model:
@@ -41,7 +43,7 @@ def add_function_bodies(model: Model) -> Model:
     if isinstance(model, onnx.ModelProto):
         model.CopyFrom(ir.to_proto(add_function_bodies(ir.from_proto(model))))
         return model
-    variants: dict[Hashable, str] = {}
+    variants: dict[_Variant, str] = {}
     for node in model.graph:
         if node.domain != DOMAIN:
             continue
@@ -49,7 +51,7 @@ def add_function_bodies(model: Model) -> Model:
             raise PluginError(f"the model has an operator {DOMAIN}::{node.op_type}, which is not known here")
         key = _variant(node)
         if key not in variants:
-            number = 1 + sum(variant[0] == node.op_type for variant in variants)  # type: ignore[index]
+            number = 1 + sum(variant[0] == node.op_type for variant in variants)
             variants[key] = node.op_type if number == 1 else f"{node.op_type}_{number}"
             function = _function(node, variants[key])
             model.functions[function.identifier()] = function
@@ -58,7 +60,7 @@ def add_function_bodies(model: Model) -> Model:
     return model
 
 
-def _variant(node: ir.Node) -> Hashable:
+def _variant(node: ir.Node) -> _Variant:
     """What two nodes must have in common to call the same function."""
     attributes = tuple(sorted((name, attribute.value) for name, attribute in node.attributes.items()))
     return node.op_type, attributes, tuple(value is not None for value in node.inputs)

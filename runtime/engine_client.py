@@ -21,6 +21,7 @@ from trtforge.runtime.detokenizer import Detokenizer
 from trtforge.runtime.engine_handle import EngineHandle
 from trtforge.runtime.messages import Add, Cancel, Outputs, Refused
 from trtforge.runtime.request import (
+    EngineLoad,
     EngineOutput,
     EngineRequest,
     ErrorKind,
@@ -54,6 +55,7 @@ class EngineClient:
         self._lock = threading.Lock()
         self._engine: EngineHandle | None = None  # the current one, ready or not
         self._is_ready = False
+        self._load = EngineLoad(0, 0, 0)
         self._streams: dict[str, _Stream] = {}  # by engine id
         # A caller may use a request id again as soon as its request has ended, when the engine can still
         # be about to answer the old one: the engine gets ids that never repeat.
@@ -71,6 +73,11 @@ class EngineClient:
     def is_alive(self) -> bool:
         """Whether requests are taken now: not before the start, after the end, or during a restart."""
         return self._is_ready and not self._closing.is_set()
+
+    @property
+    def load(self) -> EngineLoad:
+        """How busy the engine was when it was last heard of."""
+        return self._load
 
     def submit(self, request: GenerationRequest, on_output: OnOutput) -> None:
         """Start a request; `on_output` gets its outputs, the last of which has a finish_reason.
@@ -152,7 +159,7 @@ class EngineClient:
             if self._closing.is_set():
                 raise ServerError("the engine was shut down")
             engine = self._engine = EngineHandle(self._model_dir, self._threads)
-        engine.wait_until_ready()
+        self._load = engine.wait_until_ready()
         self._is_ready = True
         return engine
 
@@ -177,6 +184,7 @@ class EngineClient:
             except (EOFError, OSError):
                 return
             if isinstance(message, Outputs):
+                self._load = message.load
                 for output in message.outputs:
                     self._deliver(output)
             elif isinstance(message, Refused):

@@ -9,7 +9,7 @@ from trtforge.manifest import Limits
 from trtforge.runtime.executor import Executor
 from trtforge.runtime.kv_cache_manager import KVCacheManager
 from trtforge.runtime.model_inputs import build_model_inputs
-from trtforge.runtime.request import EngineOutput, EngineRequest
+from trtforge.runtime.request import EngineLoad, EngineOutput, EngineRequest
 from trtforge.runtime.sampler import INVALID_TOKEN, check_sampling_params, sample
 from trtforge.runtime.scheduler import Scheduler, SchedulerOutput
 from trtforge.runtime.sequence import Sequence
@@ -54,6 +54,11 @@ class EngineCore:
     def num_preemptions(self) -> int:
         """How often a request had to give its blocks back before it was finished."""
         return self._scheduler.num_preemptions
+
+    @property
+    def load(self) -> EngineLoad:
+        """How busy the core is now."""
+        return EngineLoad(self.num_running, self.num_waiting, self.num_free_blocks)
 
     @property
     def num_free_blocks(self) -> int:

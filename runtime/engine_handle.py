@@ -21,6 +21,7 @@ from trtforge.runtime.messages import (
     ToEngine,
     client_end,
 )
+from trtforge.runtime.request import EngineLoad
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,11 @@ class EngineHandle:
             self._process = subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL)
         self.channel: Channel[ToEngine, FromEngine] = client_end(Connection(ours.detach()))
 
-    def wait_until_ready(self) -> None:
-        """Raises ConfigError if the model cannot be served, ServerError if the process dies on the way."""
+    def wait_until_ready(self) -> EngineLoad:
+        """The idle engine's load.
+
+        Raises ConfigError if the model cannot be served, ServerError if the process dies on the way.
+        """
         try:
             message = self.channel.receive()
         except (EOFError, OSError):
@@ -59,6 +63,7 @@ class EngineHandle:
             message.num_blocks,
             message.block_size,
         )
+        return EngineLoad(num_running=0, num_waiting=0, num_free_blocks=message.num_blocks)
 
     def request_stop(self) -> None:
         """Ask the process to end after its current step."""

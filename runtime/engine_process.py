@@ -115,7 +115,7 @@ def run(core: EngineCore, channel: EngineChannel, inbox: Inbox) -> None:
                 core.cancel(message.request_id)
         outputs = core.step()
         if outputs:
-            channel.send(Outputs(outputs))
+            channel.send(Outputs(outputs, core.load))
 
 
 def _add(core: EngineCore, request: EngineRequest, channel: EngineChannel) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from trtforge.runtime.request import EngineOutput, EngineRequest, ErrorKind
+from trtforge.runtime.request import EngineLoad, EngineOutput, EngineRequest, ErrorKind
 
 
 class Add(msgspec.Struct, frozen=True, tag="add"):
@@ -43,6 +43,7 @@ class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
     """Everything that one step produced."""
 
     outputs: list[EngineOutput]
+    load: EngineLoad  # after the step
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):

@@ -11,9 +11,9 @@ import numpy as np
 import openvino as ov
 
 from trtforge import wire
-from trtforge.errors import ConfigError, EngineBuildError, ServerError
-from trtforge.manifest import DType, Manifest
-from trtforge.runtime.executor import Float32Array, Int32Array, KVCacheSpec, ModelInputs, ModelOutputs
+from trtforge.errors import CapacityError, ConfigError, EngineBuildError, ServerError
+from trtforge.manifest import DType, KVCacheLayout, Manifest
+from trtforge.runtime.executor import Int32Array, KVCacheSpec, ModelInputs, ModelOutputs
 from trtforge.runtime.openvino_graph import BLOCK_SIZE, key_cache_input, read_graph, value_cache_input
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,8 @@ class OpenVINOExecutor:
     def __init__(self, model_dir: Path, manifest: Manifest, *, threads: int) -> None:
         """Load the graph in `model_dir` and allocate its cache; `threads` 0 takes all cores allowed.
 
-        Raises ConfigError for a manifest or number of threads that OpenVINO cannot serve, and
-        EngineBuildError if it does not take the graph.
+        Raises ConfigError for a manifest or number of threads that OpenVINO cannot serve, EngineBuildError
+        if it does not take the graph, and CapacityError if there is no memory for the cache.
         """
         _check_manifest(manifest)
         if threads < 0:
@@ -55,9 +55,9 @@ class OpenVINOExecutor:
         try:
             compiled = ov.Core().compile_model(model, "CPU", config)
             self._request: ov.InferRequest | None = compiled.create_infer_request()
-            self._allocate_cache(compiled, len(manifest.kv_cache.layers))
         except RuntimeError as error:
             raise EngineBuildError(f"OpenVINO {ov.__version__} cannot compile {path}: {error}") from error
+        self._allocate_cache(compiled, manifest.kv_cache)
         self._feeds: dict[str, Int32Array] = {}
         logger.info("%s: %s, %d threads, %s", path, manifest.dtype, threads, self._spec)
 
@@ -92,26 +92,35 @@ class OpenVINOExecutor:
             "max_context_len": np.asarray(inputs.context_lens.max()),
         }
         try:
-            outputs = self._request.infer(self._feeds, share_inputs=True, share_outputs=True)
+            for name, array in self._feeds.items():
+                self._request.set_tensor(name, ov.Tensor(array, shared_memory=True))
+            self._request.infer(share_outputs=True)
         except RuntimeError as error:
             raise ServerError(f"OpenVINO failed in a step of {len(inputs.input_ids)} tokens: {error}") from error
-        return ModelOutputs(logits=outputs[wire.LOGITS])
+        return ModelOutputs(logits=self._request.get_tensor(wire.LOGITS).data)
 
     def close(self) -> None:
         """Release the model and its cache."""
         self._request = None
 
-    def _allocate_cache(self, compiled: ov.CompiledModel, num_layers: int) -> None:
+    def _allocate_cache(self, compiled: ov.CompiledModel, layout: KVCacheLayout) -> None:
         """Bind zeroed caches of the types and shapes that the plugin chose.
 
         They are written here once so that memory which is missing is missed now.
         """
-        for layer in range(num_layers):
+        for layer in range(len(layout.layers)):
             for name in (key_cache_input(layer), value_cache_input(layer)):
                 port = compiled.input(name)
                 _, *block_shape = port.get_partial_shape()
-                shape = ov.Shape([self._spec.num_blocks, *(size.get_length() for size in block_shape)])
-                cache = ov.Tensor(port.get_element_type(), shape)
+                shape = ov.Shape([layout.num_blocks, *(size.get_length() for size in block_shape)])
+                try:
+                    cache = ov.Tensor(port.get_element_type(), shape)
+                except RuntimeError as error:
+                    cache_bytes = layout.num_blocks * layout.block_size * layout.bytes_per_token
+                    raise CapacityError(
+                        f"the KV cache of {cache_bytes:,} bytes does not fit into memory: free some, or build "
+                        "with a lower --kv-cache-bytes"
+                    ) from error
                 cache.data.view(np.uint8).fill(0)
                 self._request.set_tensor(name, cache)
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx
 import openvino as ov
 import openvino.opset13 as ops
+from google.protobuf.message import DecodeError
 from openvino.frontend.onnx import ConversionExtension
 from openvino.op import _PagedAttentionExtension
 
@@ -78,6 +79,9 @@ _OFF: Mapping[str, npt.NDArray[Any]] = {
     "qq_bias_begins": np.empty(0, np.int32),
 }
 
+# Inputs of the packed graph that stay as they are.
+TOKEN_INPUTS = ("input_ids", "position_ids", "logits_indices")
+
 # Inputs that all attention operators share, and their ranks; int32.
 STEP_INPUTS: Mapping[str, int] = {
     "past_lens": 1,  # [B]: tokens in the cache before the step
@@ -101,9 +105,9 @@ def value_cache_input(layer: int) -> str:
 def read_graph(path: Path, layers: tuple[LayerCache, ...], *, transpose_weights: bool = False) -> ov.Model:
     """Read the graph that the builder wrote, for the CPU plugin.
 
-    Inputs are input_ids, position_ids and logits_indices of `wire.GRAPH_INPUTS`, STEP_INPUTS, and two caches a
-    layer whose type the plugin chooses when it compiles; the only output is logits. Weights stay in the
-    graph's files, mapped into memory; `transpose_weights` copies those of Linear nodes to [in, out].
+    Inputs are TOKEN_INPUTS, STEP_INPUTS and two caches a layer, whose type and shape the plugin chooses when
+    it compiles; the only output is logits. Weights stay in the graph's files, mapped into memory;
+    `transpose_weights` copies those of Linear nodes to [in, out].
 
     Raises ConfigError if there is no graph or OpenVINO's operators cannot express it, and EngineBuildError
     if OpenVINO does not read it.
@@ -127,6 +131,8 @@ def _check_graph(path: Path, num_layers: int) -> None:
         graph = onnx.load(str(path), load_external_data=False).graph
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: build the model again") from None
+    except DecodeError:
+        raise ConfigError(f"{path} is not an ONNX file: build the model again") from None
     for node in graph.node:
         attributes = {attribute.name: attribute for attribute in node.attribute}
         if node.domain == _DOMAIN and node.op_type not in ("Linear", "PagedAttention"):
@@ -234,7 +240,7 @@ def _connect_attention(model: ov.Model, num_layers: int) -> None:
         if wire.LOGITS not in result.output(0).get_names():
             model.remove_result(result)
     for parameter in model.get_parameters():
-        if not parameter.output(0).get_target_inputs():
+        if not parameter.output(0).get_names() & set(TOKEN_INPUTS):
             model.remove_parameter(parameter)
     model.add_parameters(parameters)
     model.validate_nodes_and_infer_types()

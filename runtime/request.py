@@ -53,6 +53,15 @@ class GenerationOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """How busy the engine core is."""
+
+    num_running: int  # requests that hold cache blocks
+    num_waiting: int  # requests not started yet or preempted
+    num_free_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRequest:
     """A tokenized request as the engine core takes it. `sampling.seed` is set; `sampling.stop` is not
     looked at: stop strings are found where text exists, beside the detokenizer."""

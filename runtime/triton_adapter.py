@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from trtforge import wire
 from trtforge.errors import CapacityError, ConfigError, RequestError, TrtforgeError
 from trtforge.runtime.engine_client import EngineClient
-from trtforge.runtime.request import GenerationOutput
+from trtforge.runtime.request import EngineLoad, GenerationOutput
 from trtforge.runtime.triton_requests import ModelLimits, ResponseOptions, parse_request
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,8 @@ class TritonPythonModel:
         self._jobs_lock = threading.Lock()
         self._stopping = threading.Event()
         self._client.start()
-        self._poller = threading.Thread(target=self._poll_cancellations, name="cancellations", daemon=True)
+        self._gauges = _Gauges(args["model_name"])
+        self._poller = threading.Thread(target=self._poll, name="poller", daemon=True)
         self._poller.start()
 
     def execute(self, requests: Sequence[Any]) -> None:
@@ -100,9 +102,10 @@ class TritonPythonModel:
         with self._jobs_lock:
             self._jobs.pop(request_id, None)
 
-    def _poll_cancellations(self) -> None:
+    def _poll(self) -> None:
         pause_s = CANCELLATION_POLL_S
         while not self._stopping.wait(pause_s):
+            self._gauges.set(self._client.load)
             with self._jobs_lock:
                 jobs = list(self._jobs.items())
             start = time.monotonic()
@@ -111,6 +114,29 @@ class TritonPythonModel:
                     self._client.cancel(request_id)
             elapsed_s = time.monotonic() - start
             pause_s = max(CANCELLATION_POLL_S, CANCELLATION_PAUSE_RATIO * elapsed_s)
+
+
+class _Gauges:
+    """The engine's load among Triton's own metrics."""
+
+    def __init__(self, model_name: str) -> None:
+        # The families are kept: Triton drops the metrics of one that nothing refers to.
+        self._families = [
+            pb_utils.MetricFamily(
+                name=f"trtforge_{name}", description=description, kind=pb_utils.MetricFamily.GAUGE
+            )
+            for name, description in (
+                ("num_requests_running", "Requests that hold KV cache blocks"),
+                ("num_requests_waiting", "Requests that wait for a place or for blocks"),
+                ("kv_cache_free_blocks", "KV cache blocks that no request holds"),
+            )
+        ]
+        self._gauges = [family.Metric(labels={"model": model_name}) for family in self._families]
+
+    def set(self, load: EngineLoad) -> None:
+        values = (load.num_running, load.num_waiting, load.num_free_blocks)
+        for gauge, value in zip(self._gauges, values, strict=True):
+            gauge.set(value)
 
 
 class _Sender:
@@ -185,17 +211,18 @@ class _Job:
 
 
 def triton_error(failure: Exception | GenerationOutput) -> Any:
-    """The one place where failures become Triton's status codes."""
+    """The one place where failures become Triton's error codes."""
+    code: wire.ErrorCode
     match failure:
         case RequestError() | GenerationOutput(error_kind="request"):
-            code = pb_utils.TritonError.INVALID_ARG
+            code = "INVALID_ARG"
         case CapacityError() | GenerationOutput(error_kind="capacity"):
-            code = pb_utils.TritonError.UNAVAILABLE
+            code = "UNAVAILABLE"
         case GenerationOutput(finish_reason="cancelled"):
-            code = pb_utils.TritonError.CANCELLED
+            code = "CANCELLED"
         case _:
-            code = pb_utils.TritonError.INTERNAL
-    return pb_utils.TritonError(_message(failure), code)
+            code = "INTERNAL"
+    return pb_utils.TritonError(wire.error_text(code, _message(failure)), getattr(pb_utils.TritonError, code))
 
 
 def _message(failure: Exception | GenerationOutput) -> str:

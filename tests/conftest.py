@@ -11,9 +11,13 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from trtforge.builder.build import build
+from trtforge.builder.demo_model import fetch_demo_model
+from trtforge.builder.options import BuildOptions
 from trtforge.builder.repository import VERSION_FOLDER, install_triton_model
 from trtforge.manifest import KVCacheLayout, LayerCache, Limits, Manifest, ModelInfo
 
+CACHE = Path(__file__).parents[1] / ".cache"
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",
@@ -108,3 +112,18 @@ def make_fake_repository(
 def fake_repository(make_fake_repository: Callable[..., Path]) -> Path:
     """A repository of the fake executor with room for 16 full sequences."""
     return make_fake_repository()
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder; kept in the checkout's .cache between runs."""
+    return fetch_demo_model(CACHE / "SmolLM2-135M-Instruct")
+
+
+@pytest.fixture(scope="session")
+def demo_repository(demo_model: Path) -> Path:
+    """The demo model in float32 as "llm"; built again only when what it is built from has changed."""
+    options = BuildOptions(
+        model=str(demo_model), output=CACHE / "repository-float32", dtype="float32", force=True
+    )
+    return build(options).folder.parent

@@ -7,6 +7,7 @@ model (config.pbtxt is generated from these tables, the adapter parses and the c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 # --------------------------------------------------------------------------- the model graph
 # T tokens of B sequences are packed on one axis; R rows of logits are asked for.
@@ -91,3 +92,20 @@ RESPONSE_TENSORS: tuple[TritonTensor, ...] = (
     TritonTensor("num_input_tokens", "INT32", (-1,)),
     TritonTensor("num_output_tokens", "INT32", (-1,)),
 )
+
+# A gRPC stream carries the text of an error but not its code: the model writes the code in front.
+# (The header triton_grpc_error, meant for this, lets Triton 2.51 crash when other streams are busy.)
+ErrorCode = Literal["INVALID_ARG", "UNAVAILABLE", "CANCELLED", "INTERNAL"]
+
+
+def error_text(code: ErrorCode, message: str) -> str:
+    """What the model sends as the text of an error."""
+    return f"{code}: {message}"
+
+
+def split_error_text(text: str) -> tuple[ErrorCode | None, str]:
+    """Code and message of an error; None for one of Triton's own, which has no code."""
+    for code in get_args(ErrorCode):
+        if text.startswith(f"{code}: "):
+            return code, text[len(code) + 2 :]
+    return None, text

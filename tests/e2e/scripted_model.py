@@ -28,6 +28,8 @@ import time
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from trtforge import wire
+
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -83,7 +85,7 @@ class TritonPythonModel:
             sender.send(response, flags=FINAL if reason and end == "finish" else 0)
         if "error" in script:
             code, message = script["error"]
-            error = pb_utils.TritonError(message, getattr(pb_utils.TritonError, code))
+            error = pb_utils.TritonError(wire.error_text(code, message), getattr(pb_utils.TritonError, code))
             sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
         elif end in ("separate", "sudden"):
             sender.send(flags=FINAL)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from trtforge.manifest import Limits, Manifest
 from trtforge.runtime.engine_core import EngineCore
 from trtforge.runtime.openvino_executor import OpenVINOExecutor

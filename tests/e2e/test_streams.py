@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
 from trtforge.client.streaming import Client, SamplingOptions
+from trtforge.client.triton_server import TritonServer
 
 TOPICS = ("rivers", "the moon", "bread", "old maps", "bees", "rain", "chess", "glass")
 STREAMS = 64
@@ -30,19 +33,32 @@ def options(i: int) -> SamplingOptions:
 
 
 @pytest.fixture(scope="module")
-def url(demo_repository: Path, triton_server) -> str:
-    return triton_server(demo_repository).grpc_url
+def server(demo_repository: Path, triton_server: Callable[[Path], TritonServer]) -> TritonServer:
+    return triton_server(demo_repository)
 
 
 @pytest.fixture(scope="module")
-def client(url: str) -> Iterator[Client]:
-    with Client(url) as client:
+def client(server: TritonServer) -> Iterator[Client]:
+    with Client(server.grpc_url) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def alone(client: Client) -> list[str]:
     return [client.generate(question(i), sampling=options(i)).text for i in range(STREAMS)]
+
+
+def gauge(server: TritonServer, name: str) -> float:
+    text = urllib.request.urlopen(server.metrics_url).read().decode()
+    return float(next(line.split()[-1] for line in text.splitlines() if line.startswith(name + "{")))
+
+
+def free_blocks_when_idle(server: TritonServer) -> float:
+    deadline = time.monotonic() + 30
+    while gauge(server, "trtforge_num_requests_running") + gauge(server, "trtforge_num_requests_waiting"):
+        assert time.monotonic() < deadline, "requests are left although all clients have gone"
+        time.sleep(0.1)
+    return gauge(server, "trtforge_kv_cache_free_blocks")
 
 
 def stream_text(client: Client, i: int) -> str:
@@ -55,7 +71,10 @@ def test_64_streams_equal_the_same_requests_alone(client: Client, alone: list[st
     assert together == alone
 
 
-def test_half_of_64_cancelled_leaves_the_rest_unharmed(url: str, client: Client, alone: list[str]) -> None:
+def test_half_of_64_cancelled_leaves_the_rest_unharmed(
+    server: TritonServer, client: Client, alone: list[str]
+) -> None:
+    num_free_blocks = free_blocks_when_idle(server)
     moments = random.Random(7)
     cancel_after = {i: moments.randrange(0, 20) for i in range(0, STREAMS, 2)}
     started = threading.Barrier(STREAMS)
@@ -76,3 +95,4 @@ def test_half_of_64_cancelled_leaves_the_rest_unharmed(url: str, client: Client,
     assert [t for i, t in enumerate(texts) if i not in cancel_after] == [
         t for i, t in enumerate(alone) if i not in cancel_after
     ]
+    assert free_blocks_when_idle(server) == num_free_blocks

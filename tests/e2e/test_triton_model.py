@@ -24,7 +24,6 @@ from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 from trtforge import wire
 from trtforge.client.streaming import Client, SamplingOptions
 from trtforge.client.triton_server import TritonServer
-from trtforge.errors import CapacityError, RequestError, ServerError
 
 pytestmark = pytest.mark.e2e
 
@@ -81,30 +80,26 @@ def infer_request(
     return request
 
 
-def stream_infer(server: TritonServer, *requests: service_pb2.ModelInferRequest) -> list[Response]:
-    """All responses on one gRPC stream; raises grpc.RpcError for a request that the model refuses."""
-    responses = []
+class Refused(Exception):  # noqa: N818
+    """An error response."""
+
+
+def stream_infer(server: TritonServer, *requests: service_pb2.ModelInferRequest) -> Iterator[Response]:
+    """The responses on one gRPC stream; raises Refused for an error."""
     with grpc.insecure_channel(server.grpc_url, options=[("grpc.max_send_message_length", -1)]) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        metadata = [("triton_grpc_error", "true")]  # an error is the stream's status
-        for message in stub.ModelStreamInfer(iter(requests), metadata=metadata, timeout=TIMEOUT_S):
+        for message in stub.ModelStreamInfer(iter(requests), timeout=TIMEOUT_S):
             if message.error_message:
-                raise RefusedByTriton(message.error_message)
+                raise Refused(message.error_message)
             result = triton.InferResult(message.infer_response)
-            outputs = {
-                output.name: result.as_numpy(output.name).tolist() for output in result.get_response().outputs
-            }
-            is_final = result.get_response().parameters["triton_final_response"].bool_param
-            responses.append(Response(result.get_response().id, outputs, is_final))
-    return responses
-
-
-class RefusedByTriton(Exception):  # noqa: N818
-    """Triton refused a request before the model saw it."""
+            contents = result.get_response()
+            outputs = {output.name: result.as_numpy(output.name).tolist() for output in contents.outputs}
+            is_final = contents.parameters["triton_final_response"].bool_param
+            yield Response(contents.id, outputs, is_final)
 
 
 def ask(server: TritonServer, **tensors: Any) -> list[Response]:
-    return stream_infer(server, infer_request(**tensors))
+    return list(stream_infer(server, infer_request(**tensors)))
 
 
 def text_of(responses: list[Response]) -> str:
@@ -165,14 +160,15 @@ def test_http(server: TritonServer) -> None:
     assert "length" in events.strip().splitlines()[-1]
 
 
-def test_messages_go_through_the_chat_template(server: TritonServer, client: Client) -> None:
-    chat = [{"role": "user", "content": "Hello"}]
+def test_messages_go_through_the_chat_template(server: TritonServer) -> None:
+    options = {"return_num_input_tokens": True, "exclude_input_in_output": True}
+    (chat,) = ask(server, messages='[{"role": "user", "content": "Hello"}]', **options)
     written_out = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
-    answer = client.generate(messages=chat)
+    (plain,) = ask(server, text_input=written_out, **options)
     # A plain prompt gets the special token of the post-processor, a chat does not.
-    assert answer.num_input_tokens == client.generate(written_out).num_input_tokens - 1
-    with pytest.raises(RequestError, match="tools are not supported"):
-        client.generate(messages=[{"role": "tool", "content": "42"}])
+    assert chat.outputs["num_input_tokens"] == [plain.outputs["num_input_tokens"][0] - 1]
+    with pytest.raises(Refused, match=r"INVALID_ARG: .* tools are not supported"):
+        ask(server, messages='[{"role": "tool", "content": "42"}]')
 
 
 BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
@@ -217,17 +213,21 @@ def test_bad_requests_are_refused_beside_an_unharmed_stream(server: TritonServer
     with ThreadPoolExecutor(1) as pool:
         good = pool.submit(lambda: [c.token_ids for c in client.stream("Hello", sampling=sampling)])
         for tensors, message in BAD_REQUESTS:
-            with pytest.raises(grpc.RpcError) as error:
+            with pytest.raises(Refused) as refused:
                 ask(server, **tensors)
-            assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-            assert message in error.value.details()
+            code, text = wire.split_error_text(str(refused.value))
+            assert code == "INVALID_ARG"
+            assert message in text
         for tensors, message in REFUSED_BY_TRITON:
-            with pytest.raises(RefusedByTriton, match=message):
+            with pytest.raises(Refused, match=message):
                 ask(server, **tensors)
         assert sum(good.result(), ()) == expected
 
 
-def test_http_keys_that_are_no_inputs_are_refused(server: TritonServer) -> None:
+def test_http_refusals(server: TritonServer) -> None:
+    status, body = generate(server, {"text_input": "Hi", "max_tokens": 0})
+    assert (status, "max_tokens is 0" in body) == (400, True)
+    # Keys that are no inputs do not get lost.
     status, body = generate(server, {"text_input": "Hi", "temprature": 1})
     assert (status, "'temprature' is unknown" in body) == (400, True)
 
@@ -235,7 +235,7 @@ def test_http_keys_that_are_no_inputs_are_refused(server: TritonServer) -> None:
 def test_requests_on_one_stream_may_share_an_id(server: TritonServer) -> None:
     (expected,) = ask(server, text_input="Hello", max_tokens=30)
     request = infer_request("the same", text_input="Hello", max_tokens=30)
-    assert stream_infer(server, *[request] * 3) == [replace(expected, request_id="the same")] * 3
+    assert list(stream_infer(server, *[request] * 3)) == [replace(expected, request_id="the same")] * 3
 
 
 def test_cancelling_frees_what_a_request_holds(client: Client) -> None:
@@ -268,28 +268,24 @@ def test_64_streams_at_once_equal_each_alone(client: Client) -> None:
         assert list(pool.map(stream, range(64))) == alone
 
 
-def test_a_killed_engine_fails_its_requests_and_comes_back(
-    client: Client, server: TritonServer, repository: Path
-) -> None:
-    expected = client.generate("Hello").text
-    running = client.stream("Hello", sampling=SamplingOptions(max_tokens=MAX_MODEL_LEN))
+def test_a_killed_engine_fails_its_requests_and_comes_back(server: TritonServer, repository: Path) -> None:
+    expected = ask(server, text_input="Hello")
+    refusals: list[str] = []
+    endless = infer_request(text_input="Hello", max_tokens=MAX_MODEL_LEN, stream=True)
+    running = stream_infer(server, endless)
     next(running)
     option = f"--model-dir={repository / 'llm' / '1'}"
     (engine,) = [p for p in psutil.process_iter(["cmdline"]) if option in (p.info["cmdline"] or ())]
     engine.kill()
-    with pytest.raises(ServerError, match=r"engine process died \(signal SIGKILL\)"):
+    with pytest.raises(Refused, match=r"INTERNAL: the engine process died \(signal SIGKILL\)"):
         list(running)
-    refusals: list[str] = []
     deadline = time.monotonic() + TIMEOUT_S
-    while (text := text_or_refusal(client, refusals)) is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert text == expected
-    assert all("is being restarted" in refusal for refusal in refusals)
-
-
-def text_or_refusal(client: Client, refusals: list[str]) -> str | None:
-    try:
-        return client.generate("Hello").text
-    except CapacityError as error:
-        refusals.append(str(error))
-        return None
+    answer: list[Response] = []
+    while not answer and time.monotonic() < deadline:
+        try:
+            answer = ask(server, text_input="Hello")
+        except Refused as refused:
+            refusals.append(str(refused))
+            time.sleep(0.05)
+    assert answer == expected
+    assert all(refusal.startswith("UNAVAILABLE: the engine died") for refusal in refusals)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,7 +21,6 @@ from trtforge.builder.build import BuildResult, build
 from trtforge.builder.key import sources_digest
 from trtforge.builder.options import BuildOptions
 from trtforge.builder.report import BuildReport
-from trtforge.builder.staging import staging
 from trtforge.builder.verify import verify_graph
 from trtforge.manifest import Manifest
 
@@ -303,67 +299,3 @@ def test_graph_check_sees_short_weights_and_wrong_inputs(built: Path) -> None:
     onnx.save(model, graph)
     with pytest.raises(errors.EngineBuildError, match="is not valid"):
         verify_graph(graph, 2)
-
-
-# --------------------------------------------------------------------------- other builds of the same folder
-
-
-def test_a_second_build_of_the_same_folder_is_refused_while_one_runs(
-    checkpoint: Path, tmp_path: Path
-) -> None:
-    repository = tmp_path / "repository"
-    with staging(repository / "llm") as area:
-        (area.folder / "half").write_text("")
-        with pytest.raises(errors.CapacityError, match=f"process {os.getpid()} is building"):
-            build(options(checkpoint, repository))
-        assert (area.folder / "half").exists()
-        with staging(repository / "other"):
-            pass
-    assert names(tmp_path) == []
-
-
-def run_and_kill(target: Path, body: str) -> None:
-    """Run `body` in a process that holds `area = staging(target)` and is killed at its end."""
-    program = (
-        "import os, signal, sys; from pathlib import Path\n"
-        "from trtforge.builder.staging import staging\n"
-        "target = Path(sys.argv[1])\n"
-        f"with staging(target) as area:\n    {body}\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", program, str(target)], check=False)
-    assert ended.returncode == -signal.SIGKILL
-
-
-def test_what_a_killed_build_left_is_cleaned_up_by_the_next(tmp_path: Path) -> None:
-    target = tmp_path / "repository" / "llm"
-    run_and_kill(target, "(area.folder / 'half').write_text('x')")
-    assert names(tmp_path) == [".llm@repository.build"]
-    with staging(target) as area:
-        assert names(area.folder) == []
-    assert names(tmp_path) == []
-
-
-def test_a_replacement_killed_between_its_renames_is_undone(built: Path, tmp_path: Path) -> None:
-    before = contents(built)
-    run_and_kill(built / "llm", "target.rename(area.folder.with_name('old'))")
-    assert names(built) == []
-    with staging(built / "llm"):
-        assert contents(built) == before
-    assert contents(built) == before
-    assert names(tmp_path) == ["repository"]
-
-
-def test_a_lock_file_that_nobody_holds_does_not_stop_a_build(tmp_path: Path) -> None:
-    area = tmp_path / ".llm@repository.build"
-    area.mkdir()
-    (area / "lock").write_text("12345")
-    with (area / "lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with (
-            pytest.raises(errors.CapacityError, match="process 12345"),
-            staging(tmp_path / "repository" / "llm"),
-        ):
-            pass
-    with staging(tmp_path / "repository" / "llm"):
-        pass
-    assert names(tmp_path) == []

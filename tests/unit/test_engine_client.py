@@ -65,7 +65,7 @@ def submit(
 
 def engine_processes(repository: Path) -> list[psutil.Process]:
     option = f"--model-dir={repository / 'llm' / '1'}"
-    return [child for child in psutil.Process().children() if option in child.cmdline()]
+    return [p for p in psutil.process_iter(["cmdline"]) if option in (p.info["cmdline"] or ())]
 
 
 @pytest.fixture

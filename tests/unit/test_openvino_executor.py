@@ -246,7 +246,8 @@ def test_graphs_that_openvino_cannot_execute(make_manifest: MakeManifest, tmp_pa
     onnx.save(graph, tmp_path / "model.onnx")
     _error(ConfigError, "MoeExperts", tmp_path, manifest)
 
-    graph.graph.node[-1].domain, graph.graph.node[-1].op_type = "", "NoSuchOperator"
+    del graph.graph.node[-1]
+    graph.graph.node[-1].op_type = "NoSuchOperator"
     onnx.save(graph, tmp_path / "model.onnx")
     _error(EngineBuildError, "NoSuchOperator", tmp_path, manifest)
 

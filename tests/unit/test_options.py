@@ -108,8 +108,14 @@ def test_max_model_len_has_to_be_given_where_the_config_has_none() -> None:
 
 
 def test_auto_dtype_is_the_checkpoints() -> None:
-    assert make_plan(options(), LlamaConfig(), "float16").dtype == "float16"
+    assert make_plan(options(), LlamaConfig(), "bfloat16").dtype == "bfloat16"
     assert make_plan(options(dtype="float32"), LlamaConfig(), "float16").dtype == "float32"
+
+
+def test_openvino_never_computes_in_float16() -> None:
+    assert make_plan(options(), LlamaConfig(), "float16").dtype == "bfloat16"
+    with pytest.raises(ConfigError, match=r"--dtype float16 .* use --dtype bfloat16"):
+        make_plan(options(dtype="float16"), LlamaConfig(), "float16")
 
 
 @pytest.mark.parametrize(("layers", "bytes_per_token"), [(LLAMA_3_8B, 131072), (SMOLLM2, 23040)])
