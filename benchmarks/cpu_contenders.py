@@ -40,7 +40,7 @@ def trtforge(model: Path, threads: int) -> Engine:
     core = EngineCore(executor, limits, manifest.model.eos_token_ids, manifest.model.vocab_size)
 
     def generate(prompts: Prompts, max_tokens: list[int]) -> int:
-        for index, (prompt, count) in enumerate(zip(prompts, max_tokens)):
+        for index, (prompt, count) in enumerate(zip(prompts, max_tokens, strict=True)):
             sampling = SamplingParams(max_tokens=count, ignore_eos=True)
             core.add_request(EngineRequest(str(index), tuple(prompt), sampling))
         num_tokens = 0
@@ -96,7 +96,7 @@ def openvino_genai(model: Path, threads: int) -> Engine:
 
     def generate(prompts: Prompts, max_tokens: list[int]) -> int:
         handles = []
-        for index, (prompt, count) in enumerate(zip(prompts, max_tokens)):
+        for index, (prompt, count) in enumerate(zip(prompts, max_tokens, strict=True)):
             config = openvino_genai.GenerationConfig()
             config.max_new_tokens = count
             config.ignore_eos = True

@@ -61,7 +61,9 @@ class Contender:
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
             if not selector.select(limit_s):
-                raise ConfigError(f"{self.name} did not answer within {limit_s:.0f} s: use a machine with less load")
+                raise ConfigError(
+                    f"{self.name} did not answer within {limit_s:.0f} s: use a machine with less load"
+                )
         line = self.process.stdout.readline()
         if not line:
             raise ConfigError(f"{self.name} ended with status {self.process.wait()}, see its messages above")
@@ -73,7 +75,9 @@ class Contender:
         self.process.stdin.flush()
         answer = self.answer(limit_s)
         if answer["num_tokens"] != sum(workload["max_tokens"]):
-            raise ConfigError(f"{self.name} made {answer['num_tokens']} tokens of {sum(workload['max_tokens'])}")
+            raise ConfigError(
+                f"{self.name} made {answer['num_tokens']} tokens of {sum(workload['max_tokens'])}"
+            )
         return answer["num_tokens"] / answer["seconds"]
 
 
@@ -126,7 +130,7 @@ def measure(contenders: list[Contender], rounds: int, deadline: float) -> None:
 
 def ratio(ours: Contender, other: Contender, kind: str) -> float:
     """Median over rounds of our rate over theirs."""
-    return statistics.median(a / b for a, b in zip(ours.rates[kind], other.rates[kind]))
+    return statistics.median(a / b for a, b in zip(ours.rates[kind], other.rates[kind], strict=True))
 
 
 def show(contenders: list[Contender]) -> None:
@@ -164,7 +168,9 @@ def figures(contenders: list[Contender]) -> list[Figure]:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path, help="Hugging Face folder")
     parser.add_argument("--genai-python", help="python of an environment with openvino-genai")
     parser.add_argument("--genai-model", type=Path, help="the same model, converted for openvino-genai")

@@ -22,6 +22,11 @@ logger = logging.getLogger(__name__)
 _PRECISIONS: Mapping[DType, str] = {"float32": "f32", "bfloat16": "bf16"}
 
 
+def has_bfloat16() -> bool:
+    """Whether this CPU computes in bfloat16."""
+    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 class OpenVINOExecutor:
     """Executes a built model on OpenVINO's CPU plugin.
 
@@ -42,24 +47,30 @@ class OpenVINOExecutor:
         self._vocab_size = manifest.model.vocab_size
         self._spec = KVCacheSpec(block_size=BLOCK_SIZE, num_blocks=manifest.kv_cache.num_blocks)
         path = model_dir / manifest.ranks[0].onnx
+        dtype = manifest.dtype
+        if dtype == "bfloat16" and not has_bfloat16():
+            logger.warning(
+                "this CPU has no bfloat16: computing in float32, with a KV cache of twice the size"
+            )
+            dtype = "float32"
         # In one thread the plugin's fused bfloat16 MLP divides by zero, which ends the process. It does
         # not fuse MLPs whose weights are [in, out].
-        transpose_weights = threads == 1 and manifest.dtype == "bfloat16"
+        transpose_weights = threads == 1 and dtype == "bfloat16"
         model = read_graph(path, manifest.kv_cache.layers, transpose_weights=transpose_weights)
         config = {
-            "INFERENCE_PRECISION_HINT": _PRECISIONS[manifest.dtype],
-            "KV_CACHE_PRECISION": _PRECISIONS[manifest.kv_cache.dtype],
+            "INFERENCE_PRECISION_HINT": _PRECISIONS[dtype],
+            "KV_CACHE_PRECISION": _PRECISIONS[dtype],
             "INFERENCE_NUM_THREADS": threads,
             "PERFORMANCE_HINT": "LATENCY",
         }
         try:
-            compiled = ov.Core().compile_model(model, "CPU", config)
-            self._request: ov.InferRequest | None = compiled.create_infer_request()
+            request = ov.Core().compile_model(model, "CPU", config).create_infer_request()
         except RuntimeError as error:
             raise EngineBuildError(f"OpenVINO {ov.__version__} cannot compile {path}: {error}") from error
-        self._allocate_cache(compiled, manifest.kv_cache)
+        _bind_cache(request, manifest.kv_cache)
+        self._request: ov.InferRequest | None = request
         self._feeds: dict[str, Int32Array] = {}
-        logger.info("%s: %s, %d threads, %s", path, manifest.dtype, threads, self._spec)
+        logger.info("%s: %s, %d threads, %s", path, dtype, threads, self._spec)
 
     def kv_cache_spec(self) -> KVCacheSpec:
         """The cache as the manifest has it."""
@@ -96,33 +107,14 @@ class OpenVINOExecutor:
                 self._request.set_tensor(name, ov.Tensor(array, shared_memory=True))
             self._request.infer(share_outputs=True)
         except RuntimeError as error:
-            raise ServerError(f"OpenVINO failed in a step of {len(inputs.input_ids)} tokens: {error}") from error
+            raise ServerError(
+                f"OpenVINO failed in a step of {len(inputs.input_ids)} tokens: {error}"
+            ) from error
         return ModelOutputs(logits=self._request.get_tensor(wire.LOGITS).data)
 
     def close(self) -> None:
         """Release the model and its cache."""
         self._request = None
-
-    def _allocate_cache(self, compiled: ov.CompiledModel, layout: KVCacheLayout) -> None:
-        """Bind zeroed caches of the types and shapes that the plugin chose.
-
-        They are written here once so that memory which is missing is missed now.
-        """
-        for layer in range(len(layout.layers)):
-            for name in (key_cache_input(layer), value_cache_input(layer)):
-                port = compiled.input(name)
-                _, *block_shape = port.get_partial_shape()
-                shape = ov.Shape([layout.num_blocks, *(size.get_length() for size in block_shape)])
-                try:
-                    cache = ov.Tensor(port.get_element_type(), shape)
-                except RuntimeError as error:
-                    cache_bytes = layout.num_blocks * layout.block_size * layout.bytes_per_token
-                    raise CapacityError(
-                        f"the KV cache of {cache_bytes:,} bytes does not fit into memory: free some, or build "
-                        "with a lower --kv-cache-bytes"
-                    ) from error
-                cache.data.view(np.uint8).fill(0)
-                self._request.set_tensor(name, cache)
 
     def _check(
         self, inputs: ModelInputs, num_new: Int32Array, past_lens: Int32Array, num_blocks_used: Int32Array
@@ -130,7 +122,9 @@ class OpenVINOExecutor:
         """Raise ValueError for what would write or read outside of what belongs to the step."""
         num_tokens = len(inputs.input_ids)
         tables = inputs.block_tables
-        _require(int(inputs.cu_seqlens[-1]) == num_tokens, "cu_seqlens does not end with the number of tokens")
+        _require(
+            int(inputs.cu_seqlens[-1]) == num_tokens, "cu_seqlens does not end with the number of tokens"
+        )
         _require(bool((num_new > 0).all()), "a sequence has no new token")
         _require(bool((past_lens >= 0).all()), "context_lens do not include the new tokens")
         _require(int(num_blocks_used.max()) <= tables.shape[1], "block_tables are shorter than context_lens")
@@ -143,7 +137,7 @@ class OpenVINOExecutor:
         slots = tables[rows, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
         _require(
             np.array_equal(slots, inputs.slot_mapping),
-            "slot_mapping is not where the block tables put the new tokens, and OpenVINO stores them nowhere else",
+            "slot_mapping differs from the block tables, and OpenVINO stores tokens nowhere else",
         )
 
 
@@ -156,13 +150,35 @@ def _check_manifest(manifest: Manifest) -> None:
         )
     if cache.dtype != manifest.dtype:
         raise ConfigError(
-            f"a KV cache of {cache.dtype} does not go with dtype {manifest.dtype} in OpenVINO: build the model again"
+            f"OpenVINO has no KV cache of {cache.dtype} for dtype {manifest.dtype}: build the model again"
         )
     if cache.block_size != BLOCK_SIZE:
         raise ConfigError(
             f"OpenVINO's KV cache has blocks of {BLOCK_SIZE} tokens, not {cache.block_size}: build with "
             f"--block-size {BLOCK_SIZE}"
         )
+
+
+def _bind_cache(request: ov.InferRequest, layout: KVCacheLayout) -> None:
+    """Give the request zeroed caches of the types and shapes that the plugin chose.
+
+    Raises CapacityError if there is no memory for them; they are written here so that this shows now.
+    """
+    for layer in range(len(layout.layers)):
+        for name in (key_cache_input(layer), value_cache_input(layer)):
+            port = request.get_compiled_model().input(name)
+            _, *block_shape = port.get_partial_shape()
+            shape = ov.Shape([layout.num_blocks, *(size.get_length() for size in block_shape)])
+            try:
+                cache = ov.Tensor(port.get_element_type(), shape)
+            except RuntimeError as error:
+                cache_bytes = layout.num_blocks * layout.block_size * layout.bytes_per_token
+                raise CapacityError(
+                    f"the KV cache of {cache_bytes:,} bytes does not fit into memory: free some, or build "
+                    "with a lower --kv-cache-bytes"
+                ) from error
+            cache.data.view(np.uint8).fill(0)
+            request.set_tensor(name, cache)
 
 
 def _require(condition: bool, problem: str) -> None:

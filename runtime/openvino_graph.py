@@ -137,8 +137,8 @@ def _check_graph(path: Path, num_layers: int) -> None:
         attributes = {attribute.name: attribute for attribute in node.attribute}
         if node.domain == _DOMAIN and node.op_type not in ("Linear", "PagedAttention"):
             raise ConfigError(
-                f"{path} has {node.op_type} nodes, which the openvino runtime does not execute yet: models with "
-                "them cannot be served on a CPU"
+                f"{path} has {node.op_type} nodes, which the openvino runtime does not execute yet: models "
+                "with them cannot be served on a CPU"
             )
         if "softcap" in attributes and attributes["softcap"].f != 0:
             raise ConfigError(
@@ -220,7 +220,10 @@ def _merge_heads(x: Any) -> Any:
 
 def _connect_attention(model: ov.Model, num_layers: int) -> None:
     """Give the attention nodes their real inputs, and drop the graph's own caches and metadata."""
-    shared = {name: _parameter(name, ov.PartialShape([-1] * rank), ov.Type.i32) for name, rank in STEP_INPUTS.items()}
+    shared = {
+        name: _parameter(name, ov.PartialShape([-1] * rank), ov.Type.i32)
+        for name, rank in STEP_INPUTS.items()
+    }
     parameters = list(shared.values())
     layer_of = {wire.kv_cache_input(layer): layer for layer in range(num_layers)}
     key_cache_index = PAGED_ATTENTION_INPUTS.index("key_cache")

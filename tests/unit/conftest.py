@@ -57,7 +57,9 @@ class SequenceDriver:
             cu_seqlens=np.cumsum([0, *map(len, new_tokens.values())], dtype=np.int32),
             context_lens=np.asarray([len(self._tokens[name]) for name in new_tokens], np.int32),
             slot_mapping=np.asarray(slots, np.int32),
-            logits_indices=np.asarray(range(len(positions)) if logits_indices is None else logits_indices, np.int32),
+            logits_indices=np.asarray(
+                range(len(positions)) if logits_indices is None else logits_indices, np.int32
+            ),
         )
 
     def step(self, new_tokens: Mapping[str, Sequence[int]]) -> dict[str, Float32Array]:

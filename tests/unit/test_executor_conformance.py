@@ -86,7 +86,9 @@ def test_history_reaches_the_logits(executor: Executor, drive: Drive) -> None:
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_schedule_over_any_blocks_equals_alone(executor: Executor, drive: Drive, data: st.DataObject) -> None:
+def test_any_schedule_over_any_blocks_equals_alone(
+    executor: Executor, drive: Drive, data: st.DataObject
+) -> None:
     """Prefills, chunks and decodes mixed in one step, in any order; blocks scattered over the cache."""
     texts = {
         name: tokens(seed, data.draw(st.integers(1, 90), label=f"length of {name}"))
@@ -97,7 +99,9 @@ def test_any_schedule_over_any_blocks_equals_alone(executor: Executor, drive: Dr
     schedule = []
     while left:
         names = data.draw(st.lists(st.sampled_from(sorted(left)), min_size=1, unique=True), label="sequences")
-        sizes = {name: data.draw(st.integers(1, len(left[name])), label=f"tokens of {name}") for name in names}
+        sizes = {
+            name: data.draw(st.integers(1, len(left[name])), label=f"tokens of {name}") for name in names
+        }
         schedule.append({name: left[name][:size] for name, size in sizes.items()})
         left = {name: text[sizes.get(name, 0) :] for name, text in left.items()}
         left = {name: text for name, text in left.items() if text}
@@ -126,12 +130,16 @@ def _changed(array: Any, index: Any, value: int) -> Any:
 
 
 BAD_STEPS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "block beyond the cache": lambda step: {"block_tables": _changed(step.block_tables, (0, -1), SPEC.num_blocks)},
+    "block beyond the cache": lambda step: {
+        "block_tables": _changed(step.block_tables, (0, -1), SPEC.num_blocks)
+    },
     "negative block": lambda step: {"block_tables": _changed(step.block_tables, (0, 0), -1)},
     "table too short": lambda step: {"block_tables": step.block_tables[:, :-1].copy()},
     "slot of another block": lambda step: {"slot_mapping": _changed(step.slot_mapping, 5, 0)},
     "context without the new tokens": lambda step: {"context_lens": step.context_lens - 1},
-    "row that does not exist": lambda step: {"logits_indices": _changed(step.logits_indices, 0, len(step.input_ids))},
+    "row that does not exist": lambda step: {
+        "logits_indices": _changed(step.logits_indices, 0, len(step.input_ids))
+    },
     "negative row": lambda step: {"logits_indices": _changed(step.logits_indices, 0, -1)},
     "token beyond the vocabulary": lambda step: {"input_ids": _changed(step.input_ids, 2, VOCAB_SIZE)},
     "negative token": lambda step: {"input_ids": _changed(step.input_ids, 2, -1)},
