@@ -62,6 +62,9 @@ class OpenVINOExecutor:
             "KV_CACHE_PRECISION": _PRECISIONS[dtype],
             "INFERENCE_NUM_THREADS": threads,
             "PERFORMANCE_HINT": "LATENCY",
+            # A pinned thread waits for its core while another process uses it, and the other threads for
+            # it; the server's own processes are enough for that.
+            "ENABLE_CPU_PINNING": False,
         }
         try:
             request = ov.Core().compile_model(model, "CPU", config).create_infer_request()

@@ -62,7 +62,7 @@ def test_command_refuses_with_one_line_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("TERMINAL_WIDTH", "400")
+    monkeypatch.setenv("COLUMNS", "400")
     command = ["build-engine", "no such model", "--output", str(tmp_path / "repository")]
     monkeypatch.setattr(sys, "argv", [*command, *arguments])
     with pytest.raises(SystemExit) as ended:

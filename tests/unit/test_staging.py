@@ -14,7 +14,7 @@ import pytest
 from trtforge.builder.build import build
 from trtforge.builder.options import BuildOptions
 from trtforge.builder.staging import staging
-from trtforge.errors import CapacityError, EngineBuildError
+from trtforge.errors import CapacityError
 
 
 def names(folder: Path) -> list[str]:
@@ -112,10 +112,3 @@ def test_a_replacement_that_fails_keeps_the_old_folder(target: Path, tmp_path: P
             area.publish()
     assert (target / "file").read_text() == "old"
     assert names(tmp_path) == ["repository"]
-
-
-def test_an_unreadable_file_is_an_error_that_names_the_build(target: Path, tmp_path: Path) -> None:
-    checkpoint = tmp_path / "checkpoint"
-    (checkpoint / "config.json").mkdir(parents=True)
-    with pytest.raises(EngineBuildError, match=r"repository/llm could not be built: .*config\.json"):
-        build(BuildOptions(model=str(checkpoint), output=target.parent))
