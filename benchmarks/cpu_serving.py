@@ -111,20 +111,31 @@ def make_workload(kind: str, round_number: int) -> dict[str, list]:
     return {"prompts": prompts, "max_tokens": max_tokens}
 
 
-def measure(contenders: list[Contender], rounds: int, deadline: float) -> None:
-    """Run all workloads `rounds` times in turn, or as often as fits before the deadline, at least once."""
-    warm_up = {"prompts": make_workload("mixed", -1)["prompts"][:4], "max_tokens": [4] * 4}
+def run_round(contenders: list[Contender], round_number: int, deadline: float) -> None:
+    """Run each workload on each engine; counts only if all of them answer before the deadline."""
+    rates: dict[tuple[str, str], float] = {}
+    for kind in ("single", "mixed"):
+        workload = make_workload(kind, round_number)
+        for contender in contenders:
+            rate = contender.rate(workload, max(0.0, deadline - time.monotonic()))
+            print(f"round {round_number}, {kind}: {contender.name} {rate:.1f} tokens/s", file=sys.stderr)
+            rates[kind, contender.name] = rate
     for contender in contenders:
-        contender.rate(warm_up, deadline - time.monotonic())
+        for kind in ("single", "mixed"):
+            contender.rates.setdefault(kind, []).append(rates[kind, contender.name])
+
+
+def measure(contenders: list[Contender], rounds: int, limit_s: float) -> None:
+    """Run as many of the rounds as fit into `limit_s`; raises ConfigError if not even one does."""
+    deadline = time.monotonic() + limit_s
+    warm_up = {"prompts": make_workload("mixed", rounds)["prompts"][:4], "max_tokens": [4] * 4}
+    for contender in contenders:
+        contender.rate(warm_up, limit_s)
     for round_number in range(rounds):
         start = time.monotonic()
-        for kind in ("single", "mixed"):
-            workload = make_workload(kind, round_number)
-            for contender in contenders:
-                rate = contender.rate(workload, max(1.0, deadline - time.monotonic()))
-                contender.rates.setdefault(kind, []).append(rate)
+        run_round(contenders, round_number, deadline)
         now = time.monotonic()
-        if now + (now - start) > deadline:
+        if now + 1.5 * (now - start) > deadline:
             break
 
 
@@ -198,7 +209,7 @@ def main() -> int:
             entries.append(("openvino-genai", arguments.genai_python, arguments.genai_model.resolve()))
         entries.append(("transformers", sys.executable, model))
         contenders = [stack.enter_context(running(*entry, arguments.threads)) for entry in entries]
-        measure(contenders, arguments.rounds, time.monotonic() + arguments.time_limit)
+        measure(contenders, arguments.rounds, arguments.time_limit)
     show(contenders)
     headline, *others = figures(contenders)
     finish(headline, others, machine | {"threads": arguments.threads}, arguments.json)

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import onnx_ir.passes.common
 import torch
-from onnxscript import optimizer
 
 from trtforge.builder.checkpoint import Checkpoint, read_json
 from trtforge.builder.meta_model import build_meta_model
+from trtforge.builder.optimize import optimize
 from trtforge.builder.trace import WEIGHT_PREFIX, trace
 from trtforge.builder.weights import attach_weights, detach_weights, is_weight, locate_weights
 from trtforge.builder.weights_file import write_weights
@@ -52,8 +51,7 @@ def export_model(
     model, layers = trace(hf, getattr(torch, dtype), stage)
     stage("optimize")
     weights = detach_weights(model.graph)
-    optimizer.optimize_ir(model)
-    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(model)
+    optimize(model)
     attach_weights(model.graph, weights, sources, WEIGHT_PREFIX)
     parameters = {id(parameter): parameter.numel() for parameter in hf.parameters()}
     return ExportedModel(

@@ -22,6 +22,7 @@ from openvino.op import _PagedAttentionExtension
 from trtforge import wire
 from trtforge.errors import ConfigError, EngineBuildError
 from trtforge.manifest import LayerCache
+from trtforge.runtime.openvino_passes import compute_in_float32, merge_projections
 
 BLOCK_SIZE = 32  # tokens; fixed in the CPU plugin
 
@@ -119,7 +120,9 @@ def read_graph(path: Path, layers: tuple[LayerCache, ...], *, transpose_weights:
     try:
         model = core.read_model(path)
         _connect_attention(model, len(layers))
-        _compute_in_float32(model)
+        if not transpose_weights:
+            merge_projections(model)
+        compute_in_float32(model)
     except RuntimeError as error:
         raise EngineBuildError(f"OpenVINO {ov.__version__} cannot read {path}: {error}") from error
     return model
@@ -215,7 +218,7 @@ def _merge_heads(x: Any) -> Any:
     return ops.reshape(x, _constant([0, -1]), True).output(0)
 
 
-# --------------------------------------------------------------------------- changes to the read model
+# --------------------------------------------------------------------------- the converted model
 
 
 def _connect_attention(model: ov.Model, num_layers: int) -> None:
@@ -253,22 +256,3 @@ def _parameter(name: str, shape: ov.PartialShape, dtype: ov.Type) -> Any:
     parameter = ops.parameter(shape, dtype, name)
     parameter.output(0).get_tensor().set_names({name})
     return parameter
-
-
-def _compute_in_float32(model: ov.Model) -> None:
-    """Make a bfloat16 graph one of float32 whose constants are stored as bfloat16.
-
-    The CPU plugin is made for such models: it chooses where to compute in bfloat16, and fuses each norm
-    with its weight, which bfloat16 types between them prevent.
-    """
-    for node in model.get_ordered_ops():
-        if node.get_type_name() == "Convert" and node.get_output_element_type(0) == ov.Type.bf16:
-            node.output(0).replace(node.input_value(0))
-    for node in model.get_ordered_ops():
-        if node.get_type_name() == "Constant" and node.get_output_element_type(0) == ov.Type.bf16:
-            consumers = list(node.output(0).get_target_inputs())
-            widened = ops.convert(node, "f32")
-            widened.get_rt_info()["decompression_0"] = ""  # keeps the plugin from folding it to float32
-            for consumer in consumers:
-                consumer.replace_source_output(widened.output(0))
-    model.validate_nodes_and_infer_types()

@@ -25,6 +25,7 @@ from trtforge.manifest import DType, LayerCache, Manifest, Rank
 from trtforge.runtime.executor import Float32Array
 from trtforge.runtime.openvino_executor import OpenVINOExecutor
 from trtforge.runtime.openvino_graph import PAGED_ATTENTION_INPUTS, read_graph
+from trtforge.runtime.openvino_passes import merge_projections
 
 Drive = Callable[..., Any]
 Export = Callable[[DType], tuple[Path, Manifest]]
@@ -80,7 +81,7 @@ def test_bfloat16_model_runs_on_a_cpu_without_it(
     assert 1e-4 < relative_error(drive(in_bfloat16).run(chunks(text))["a"], whole) < 0.04
 
 
-def test_norms_and_rotary_embeddings_are_fused(export_tiny_llama: Export) -> None:
+def test_norms_rotary_embeddings_and_projections_are_fused(export_tiny_llama: Export) -> None:
     """The plugin recognizes them by their shape in the graph; where it does not, serving is slower."""
     for dtype in ("float32", "bfloat16"):
         folder, manifest = export_tiny_llama(dtype)
@@ -92,6 +93,7 @@ def test_norms_and_rotary_embeddings_are_fused(export_tiny_llama: Export) -> Non
         assert kinds.count("PagedAttention") == num_layers
         assert kinds.count("RoPE") == 2 * num_layers
         assert kinds.count("RMS") == 2 * num_layers + 1
+        assert kinds.count("FullyConnected") <= 5 * num_layers + 1  # q, k and v are one
         # Two residuals and the gate of a layer, and the angles of the positions: no weights of norms.
         assert kinds.count("Eltwise") <= 3 * num_layers + 1
 
@@ -221,6 +223,25 @@ def test_operator_has_the_inputs_this_release_had() -> None:
     for wrong_number in (len(names) - 1, len(names) + 1):
         with pytest.raises(RuntimeError, match="get_input_size"):
             _PagedAttentionExtension([unknown() for _ in range(wrong_number)])
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_merged_projections_compute_the_same(biased: bool) -> None:
+    rng = np.random.default_rng(0)
+    x = ops.parameter([-1, 16], ov.Type.f32)
+    outputs = []
+    for size in (8, 4, 12):
+        y = ops.matmul(x, ops.constant(rng.standard_normal((size, 16), np.float32)), False, True)
+        outputs.append(ops.add(y, ops.constant(np.float32(size))) if biased else ops.relu(y))
+    model = ov.Model(outputs, [x])
+    rows = rng.standard_normal((5, 16), np.float32)
+    before = list(ov.compile_model(model, "CPU")(rows).values())
+    merge_projections(model)
+    kinds = [node.get_type_name() for node in model.get_ordered_ops()]
+    assert kinds.count("MatMul") == (3 if biased else 1)
+    after = ov.compile_model(model, "CPU")(rows).values()
+    for expected, actual in zip(before, after, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
 
 # --------------------------------------------------------------------------- refusals
