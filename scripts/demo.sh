@@ -21,6 +21,7 @@ stage() {
 }
 
 start_server() {
+  : >"$serve_log" # the server is ready when this run's log says so, not the last one's
   .venv/bin/trtforge serve "$repository" --log-file demo/tritonserver.log --http-port "${HTTP_PORT:-0}" \
     --grpc-port "${GRPC_PORT:-0}" --metrics-port "${METRICS_PORT:-0}" >"$serve_log" 2>&1 &
   server=$!
