@@ -16,6 +16,7 @@ import onnx
 import openvino as ov
 import openvino.opset13 as ops
 from google.protobuf.message import DecodeError
+from onnx.external_data_helper import ExternalDataInfo
 from openvino.frontend.onnx import ConversionExtension
 from openvino.op import _PagedAttentionExtension
 
@@ -124,7 +125,10 @@ def read_graph(path: Path, layers: tuple[LayerCache, ...], *, transpose_weights:
             merge_projections(model)
         compute_in_float32(model)
     except RuntimeError as error:
-        raise EngineBuildError(f"OpenVINO {ov.__version__} cannot read {path}: {error}") from error
+        raise EngineBuildError(
+            f"OpenVINO {ov.__version__} cannot read {path}; another build of the model, in --dtype float32, "
+            f"may help. It says: {error}"
+        ) from error
     return model
 
 
@@ -148,11 +152,29 @@ def _check_graph(path: Path, num_layers: int) -> None:
                 f"{path} caps attention scores (softcap {attributes['softcap'].f:g}), which OpenVINO's paged "
                 "attention cannot: this model cannot be served by the openvino runtime"
             )
+    _check_weights(path.parent, graph)
     caches = {value.name for value in graph.input} - {tensor.name for tensor in wire.GRAPH_INPUTS}
     if caches != {wire.kv_cache_input(layer) for layer in range(num_layers)}:
         raise ConfigError(
             f"{path} has {len(caches)} cache inputs, its manifest {num_layers} layers: build the model again"
         )
+
+
+def _check_weights(folder: Path, graph: onnx.GraphProto) -> None:
+    ends_bytes: dict[str, int] = {}
+    for tensor in graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            data = ExternalDataInfo(tensor)
+            end_bytes = (data.offset or 0) + (data.length or 0)
+            ends_bytes[data.location] = max(end_bytes, ends_bytes.get(data.location, 0))
+    for location, end_bytes in ends_bytes.items():
+        file = folder / location
+        if not file.is_file() or file.stat().st_size < end_bytes:
+            raise ConfigError(f"{file} is missing or cut short: build the model again")
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(
+                f"{file} is a link out of its folder, which OpenVINO does not follow: put the file itself there"
+            )
 
 
 # --------------------------------------------------------------------------- conversion of nodes

@@ -292,15 +292,17 @@ def test_graphs_that_openvino_cannot_execute(make_manifest: MakeManifest, tmp_pa
     _error(ConfigError, "not an ONNX file", tmp_path, manifest)
 
 
-def test_weights_that_are_missing_or_cut(export_tiny_llama: Export, tmp_path: Path) -> None:
+def test_weights_that_are_missing_cut_or_elsewhere(export_tiny_llama: Export, tmp_path: Path) -> None:
     folder, manifest = export_tiny_llama("float32")
     copy = tmp_path / "model"
     shutil.copytree(folder, copy)
     (weights,) = copy.glob("*.safetensors")
-    weights.write_bytes(weights.read_bytes()[:-4096])
-    _error(EngineBuildError, "model.onnx", copy, manifest)
+    weights.write_bytes(weights.read_bytes()[:-1024])
+    _error(ConfigError, "cut short: build", copy, manifest)
     weights.unlink()
-    _error(EngineBuildError, "model.onnx", copy, manifest)
+    _error(ConfigError, "missing", copy, manifest)
+    weights.symlink_to(folder / weights.name)
+    _error(ConfigError, "link out of its folder", copy, manifest)
 
 
 def test_tokens_that_are_not_to_be_stored_are_refused(export_tiny_llama: Export, drive: Drive) -> None:
