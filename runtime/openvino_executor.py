@@ -70,8 +70,8 @@ class OpenVINOExecutor:
             request = ov.Core().compile_model(model, "CPU", config).create_infer_request()
         except RuntimeError as error:
             raise EngineBuildError(
-                f"OpenVINO {ov.__version__} cannot compile {path} for this CPU; a build in --dtype float32 may "
-                f"help. It says: {error}"
+                f"OpenVINO {ov.__version__} cannot compile {path} for this CPU; try a build with --dtype "
+                f"float32. OpenVINO says: {error}"
             ) from error
         _bind_cache(request, manifest.kv_cache)
         self._request: ov.InferRequest | None = request

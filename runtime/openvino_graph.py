@@ -126,8 +126,8 @@ def read_graph(path: Path, layers: tuple[LayerCache, ...], *, transpose_weights:
         compute_in_float32(model)
     except RuntimeError as error:
         raise EngineBuildError(
-            f"OpenVINO {ov.__version__} cannot read {path}; another build of the model, in --dtype float32, "
-            f"may help. It says: {error}"
+            f"OpenVINO {ov.__version__} cannot read {path}; build the model again with this version of "
+            f"trtforge. OpenVINO says: {error}"
         ) from error
     return model
 
@@ -173,7 +173,7 @@ def _check_weights(folder: Path, graph: onnx.GraphProto) -> None:
             raise ConfigError(f"{file} is missing or cut short: build the model again")
         if not file.resolve().is_relative_to(folder.resolve()):
             raise ConfigError(
-                f"{file} is a link out of its folder, which OpenVINO does not follow: put the file itself there"
+                f"{file} is a link out of its folder, which OpenVINO does not follow: put the file there"
             )
 
 
