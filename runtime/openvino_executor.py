@@ -43,7 +43,8 @@ class OpenVINOExecutor:
         _check_manifest(manifest)
         if threads < 0:
             raise ConfigError(f"threads is {threads}: give a number from 1, or 0 for all cores")
-        threads = threads or len(os.sched_getaffinity(0))
+        num_cores = len(os.sched_getaffinity(0))
+        threads = min(threads or num_cores, num_cores)  # OpenVINO starts no more either
         self._vocab_size = manifest.model.vocab_size
         self._spec = KVCacheSpec(block_size=BLOCK_SIZE, num_blocks=manifest.kv_cache.num_blocks)
         path = model_dir / manifest.ranks[0].onnx
