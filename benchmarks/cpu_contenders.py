@@ -25,9 +25,10 @@ MAX_NUM_BATCHED_TOKENS = 2048
 
 def trtforge(model: Path, threads: int) -> Engine:
     """Our engine core on the executor of the built model, in bfloat16."""
+    from trtforge.engine_options import EngineOptions
     from trtforge.manifest import Limits, Manifest
     from trtforge.runtime.engine_core import EngineCore
-    from trtforge.runtime.executors import ExecutorOptions, create_executor
+    from trtforge.runtime.executors import create_executor
     from trtforge.runtime.request import EngineRequest, SamplingParams
 
     manifest = Manifest.load(model)
@@ -36,7 +37,7 @@ def trtforge(model: Path, threads: int) -> Engine:
         max_num_seqs=MAX_NUM_SEQS,
         max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
     )
-    executor = create_executor(manifest, model, ExecutorOptions(threads=threads))
+    executor = create_executor(manifest, model, EngineOptions(threads=threads))
     core = EngineCore(executor, limits, manifest.model.eos_token_ids, manifest.model.vocab_size)
 
     def generate(prompts: Prompts, max_tokens: list[int]) -> int:

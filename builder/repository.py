@@ -11,6 +11,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from trtforge import wire
+from trtforge.engine_options import EngineOptions
 from trtforge.errors import ConfigError
 from trtforge.manifest import Manifest
 
@@ -45,8 +46,8 @@ def triton_config(name: str) -> pb.ModelConfig:
         )
     # One instance: it owns the engine. The engine's processes place themselves on the devices.
     config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
-    # Threads of a CPU engine; 0 leaves the choice to it.
-    config.parameters["threads"].string_value = "0"
+    for parameter, value in EngineOptions().as_parameters().items():
+        config.parameters[parameter].string_value = value
     return config
 
 

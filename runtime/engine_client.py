@@ -15,20 +15,16 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
+from trtforge.engine_options import EngineOptions
 from trtforge.errors import CapacityError, RequestError, ServerError, TrtforgeError
 from trtforge.manifest import Manifest
 from trtforge.runtime.detokenizer import Detokenizer
 from trtforge.runtime.engine_handle import EngineHandle
 from trtforge.runtime.messages import Add, Cancel, Outputs, Refused
-from trtforge.runtime.request import (
-    EngineLoad,
-    EngineOutput,
-    EngineRequest,
-    ErrorKind,
-    FinishReason,
-    GenerationOutput,
-    GenerationRequest,
-)
+from trtforge.runtime.outputs import EngineOutput, EngineStats, GenerationOutput
+from trtforge.runtime.request import EngineRequest, ErrorKind, FinishReason, GenerationRequest
 from trtforge.runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -41,21 +37,21 @@ OnOutput = Callable[[GenerationOutput], None]
 class EngineClient:
     """Generates with the model in `model_dir`, in an engine process of its own.
 
-    `threads` is for CPU engines; 0 leaves the choice to them. Raises ConfigError if the manifest or the
+    Raises ConfigError if the manifest or the
     tokenizer cannot be read.
     """
 
-    def __init__(self, model_dir: Path, *, threads: int = 0) -> None:
+    def __init__(self, model_dir: Path, options: EngineOptions) -> None:
         self.manifest = Manifest.load(model_dir)
         self.tokenizer = Tokenizer(model_dir / self.manifest.tokenizer)
         self._model_dir = model_dir
-        self._threads = threads
+        self._options = options
         # Guards what follows and the sending end of the engine's socket. Never held while a caller's
         # code runs; sends under it do not wait, since the engine always empties its socket.
         self._lock = threading.Lock()
         self._engine: EngineHandle | None = None  # the current one, ready or not
         self._is_ready = False
-        self._load = EngineLoad(0, 0, 0)
+        self._stats = EngineStats()
         self._streams: dict[str, _Stream] = {}  # by engine id
         # A caller may use a request id again as soon as its request has ended, when the engine can still
         # be about to answer the old one: the engine gets ids that never repeat.
@@ -75,9 +71,9 @@ class EngineClient:
         return self._is_ready and not self._closing.is_set()
 
     @property
-    def load(self) -> EngineLoad:
+    def stats(self) -> EngineStats:
         """How busy the engine was when it was last heard of."""
-        return self._load
+        return self._stats
 
     def submit(self, request: GenerationRequest, on_output: OnOutput) -> None:
         """Start a request; `on_output` gets its outputs, the last of which has a finish_reason.
@@ -158,8 +154,8 @@ class EngineClient:
         with self._lock:
             if self._closing.is_set():
                 raise ServerError("the engine was shut down")
-            engine = self._engine = EngineHandle(self._model_dir, self._threads)
-        self._load = engine.wait_until_ready()
+            engine = self._engine = EngineHandle(self._model_dir, self._options)
+        self._stats = engine.wait_until_ready()
         self._is_ready = True
         return engine
 
@@ -184,7 +180,7 @@ class EngineClient:
             except (EOFError, OSError):
                 return
             if isinstance(message, Outputs):
-                self._load = message.load
+                self._stats = message.stats
                 for output in message.outputs:
                     self._deliver(output)
             elif isinstance(message, Refused):
@@ -278,7 +274,7 @@ class _Stream:
 
     def failure(self, error: str, error_kind: ErrorKind) -> GenerationOutput:
         """The last output of a stream that ends for want of an engine."""
-        return dataclasses.replace(self._output("", (), "error", error), error_kind=error_kind)
+        return msgspec.structs.replace(self._output("", (), "error", error), error_kind=error_kind)
 
     def _output(
         self, text: str, token_ids: tuple[int, ...], reason: FinishReason | None, error: str | None

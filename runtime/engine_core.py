@@ -9,8 +9,9 @@ from trtforge.manifest import Limits
 from trtforge.runtime.executor import Executor
 from trtforge.runtime.kv_cache_manager import KVCacheManager
 from trtforge.runtime.model_inputs import build_model_inputs
-from trtforge.runtime.request import EngineLoad, EngineOutput, EngineRequest
-from trtforge.runtime.sampler import INVALID_TOKEN, check_sampling_params, sample
+from trtforge.runtime.outputs import EngineOutput, EngineStats
+from trtforge.runtime.request import EngineRequest
+from trtforge.runtime.sampling.sampler import INVALID_TOKEN, check_sampling_params, sample
 from trtforge.runtime.scheduler import Scheduler, SchedulerOutput
 from trtforge.runtime.sequence import Sequence
 
@@ -56,9 +57,11 @@ class EngineCore:
         return self._scheduler.num_preemptions
 
     @property
-    def load(self) -> EngineLoad:
+    def stats(self) -> EngineStats:
         """How busy the core is now."""
-        return EngineLoad(self.num_running, self.num_waiting, self.num_free_blocks)
+        return EngineStats(
+            num_running=self.num_running, num_waiting=self.num_waiting, num_free_blocks=self.num_free_blocks
+        )
 
     @property
     def num_free_blocks(self) -> int:
@@ -165,7 +168,7 @@ class EngineCore:
 
     def _fail(self, sequence: Sequence, problem: str) -> EngineOutput:
         self._end(sequence)
-        return EngineOutput(sequence.request_id, (), "error", problem)
+        return EngineOutput(sequence.request_id, (), "error", error=problem)
 
     def _end(self, sequence: Sequence) -> None:
         self._scheduler.finish(sequence)

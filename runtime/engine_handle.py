@@ -11,6 +11,7 @@ import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from trtforge.engine_options import EngineOptions
 from trtforge.errors import ConfigError, ServerError
 from trtforge.runtime.messages import (
     Channel,
@@ -21,7 +22,7 @@ from trtforge.runtime.messages import (
     ToEngine,
     client_end,
 )
-from trtforge.runtime.request import EngineLoad
+from trtforge.runtime.outputs import EngineStats
 
 logger = logging.getLogger(__name__)
 
@@ -31,17 +32,17 @@ STOP_TIMEOUT_S = 5.0  # a step of a large prefill can take seconds; then the pro
 class EngineHandle:
     """One engine process, loading `model_dir` from now on. It ends when this process does."""
 
-    def __init__(self, model_dir: Path, threads: int) -> None:
+    def __init__(self, model_dir: Path, options: EngineOptions) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             fd = theirs.fileno()
             command = [sys.executable, "-m", "trtforge.runtime.engine_process"]
-            command += [f"--model-dir={model_dir}", f"--fd={fd}", f"--threads={threads}"]
+            command += [f"--model-dir={model_dir}", f"--fd={fd}", f"--options={options.model_dump_json()}"]
             self._process = subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL)
         self.channel: Channel[ToEngine, FromEngine] = client_end(Connection(ours.detach()))
 
-    def wait_until_ready(self) -> EngineLoad:
-        """The idle engine's load.
+    def wait_until_ready(self) -> EngineStats:
+        """The idle engine's statistics.
 
         Raises ConfigError if the model cannot be served, ServerError if the process dies on the way.
         """
@@ -63,7 +64,7 @@ class EngineHandle:
             message.num_blocks,
             message.block_size,
         )
-        return EngineLoad(num_running=0, num_waiting=0, num_free_blocks=message.num_blocks)
+        return EngineStats(num_blocks=message.num_blocks, num_free_blocks=message.num_blocks)
 
     def request_stop(self) -> None:
         """Ask the process to end after its current step."""

@@ -1,6 +1,6 @@
 """The engine core as a process of its own.
 
-    python -m trtforge.runtime.engine_process --model-dir DIR --fd N --threads K
+    python -m trtforge.runtime.engine_process --model-dir DIR --fd N --options JSON
 
 Started by `trtforge.runtime.engine_client`, which holds the other end of the socket `fd`. The process
 lives exactly as long as that end is open: it ignores the signals of a terminal or a service manager, so
@@ -19,10 +19,11 @@ import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from trtforge.engine_options import EngineOptions
 from trtforge.errors import CapacityError, RequestError, TrtforgeError
 from trtforge.manifest import Manifest
 from trtforge.runtime.engine_core import EngineCore
-from trtforge.runtime.executors import ExecutorOptions, create_executor
+from trtforge.runtime.executors import create_executor
 from trtforge.runtime.messages import (
     Add,
     Channel,
@@ -48,18 +49,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="engine_process")
     parser.add_argument("--model-dir", type=Path, required=True)
     parser.add_argument("--fd", type=int, required=True)
-    parser.add_argument("--threads", type=int, default=0)
-    options = parser.parse_args()
+    parser.add_argument("--options", type=EngineOptions.model_validate_json, required=True)
+    arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s engine[%(process)d] %(name)s: %(message)s"
     )
-    channel = engine_end(Connection(options.fd))
+    channel = engine_end(Connection(arguments.fd))
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(channel, inbox), name="receiver", daemon=True).start()
     try:
-        status = _serve(options.model_dir, ExecutorOptions(threads=options.threads), channel, inbox)
+        status = _serve(arguments.model_dir, arguments.options, channel, inbox)
     except Exception:
         logger.critical("the engine crashed", exc_info=True)
         status = TrtforgeError.exit_code
@@ -79,7 +80,7 @@ def _receive(channel: EngineChannel, inbox: Inbox) -> None:
         os._exit(0)
 
 
-def _serve(model_dir: Path, options: ExecutorOptions, channel: EngineChannel, inbox: Inbox) -> int:
+def _serve(model_dir: Path, options: EngineOptions, channel: EngineChannel, inbox: Inbox) -> int:
     try:
         manifest = Manifest.load(model_dir)
         executor = create_executor(manifest, model_dir, options)
@@ -115,7 +116,7 @@ def run(core: EngineCore, channel: EngineChannel, inbox: Inbox) -> None:
                 core.cancel(message.request_id)
         outputs = core.step()
         if outputs:
-            channel.send(Outputs(outputs, core.load))
+            channel.send(Outputs(outputs, core.stats))
 
 
 def _add(core: EngineCore, request: EngineRequest, channel: EngineChannel) -> None:

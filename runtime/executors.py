@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
+from trtforge.engine_options import EngineOptions
 from trtforge.errors import ConfigError
 from trtforge.manifest import Manifest
 from trtforge.runtime.executor import Executor
 
 
-@dataclass(frozen=True, slots=True)
-class ExecutorOptions:
-    """What may differ from one machine to the next, beside what the manifest fixes."""
-
-    threads: int = 0  # of a CPU executor; 0: its own choice
-
-
-def create_executor(manifest: Manifest, model_dir: Path, options: ExecutorOptions) -> Executor:
+def create_executor(manifest: Manifest, model_dir: Path, options: EngineOptions) -> Executor:
     """The executor for `manifest.runtime`, with the model in `model_dir` loaded.
 
     Raises ConfigError for a runtime that this version or this machine cannot execute. A runtime's own

@@ -7,7 +7,8 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from trtforge.runtime.request import EngineLoad, EngineOutput, EngineRequest, ErrorKind
+from trtforge.runtime.outputs import EngineOutput, EngineStats
+from trtforge.runtime.request import EngineRequest, ErrorKind
 
 
 class Add(msgspec.Struct, frozen=True, tag="add"):
@@ -43,7 +44,7 @@ class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
     """Everything that one step produced."""
 
     outputs: list[EngineOutput]
-    load: EngineLoad  # after the step
+    stats: EngineStats  # after the step
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):

@@ -15,9 +15,10 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from trtforge import wire
-from trtforge.errors import CapacityError, ConfigError, RequestError, TrtforgeError
+from trtforge.engine_options import EngineOptions
+from trtforge.errors import CapacityError, RequestError, TrtforgeError
 from trtforge.runtime.engine_client import EngineClient
-from trtforge.runtime.request import EngineLoad, GenerationOutput
+from trtforge.runtime.outputs import EngineStats, GenerationOutput
 from trtforge.runtime.triton_requests import ModelLimits, ResponseOptions, parse_request
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class TritonPythonModel:
             format="%(asctime)s %(levelname)s triton[%(process)d] %(name)s: %(message)s",
         )
         model_dir = Path(args["model_repository"]) / args["model_version"]
-        self._client = EngineClient(model_dir, threads=_threads(json.loads(args["model_config"])))
+        self._client = EngineClient(model_dir, _options(json.loads(args["model_config"])))
         manifest = self._client.manifest
         self._limits = ModelLimits(manifest.model.vocab_size, manifest.limits.max_model_len)
         # Clients may use the same id twice: the engine's ids are our own.
@@ -105,7 +106,7 @@ class TritonPythonModel:
     def _poll(self) -> None:
         pause_s = CANCELLATION_POLL_S
         while not self._stopping.wait(pause_s):
-            self._gauges.set(self._client.load)
+            self._gauges.set(self._client.stats)
             with self._jobs_lock:
                 jobs = list(self._jobs.items())
             start = time.monotonic()
@@ -133,8 +134,8 @@ class _Gauges:
         ]
         self._gauges = [family.Metric(labels={"model": model_name}) for family in self._families]
 
-    def set(self, load: EngineLoad) -> None:
-        values = (load.num_running, load.num_waiting, load.num_free_blocks)
+    def set(self, stats: EngineStats) -> None:
+        values = (stats.num_running, stats.num_waiting, stats.num_free_blocks)
         for gauge, value in zip(self._gauges, values, strict=True):
             gauge.set(value)
 
@@ -241,11 +242,6 @@ def _numbers(name: str, numbers: list[int]) -> Any:
     return pb_utils.Tensor(name, np.array(numbers, dtype=np.int32))
 
 
-def _threads(model_config: dict[str, Any]) -> int:
-    value = model_config.get("parameters", {}).get("threads", {}).get("string_value", "0")
-    if not (value.isascii() and value.isdigit()):
-        raise ConfigError(
-            f"the parameter threads in config.pbtxt is {value!r}: it has to be a whole number, and 0 "
-            "leaves the choice to the engine"
-        )
-    return int(value)
+def _options(model_config: dict[str, Any]) -> EngineOptions:
+    parameters = model_config.get("parameters", {})
+    return EngineOptions.from_parameters({name: value["string_value"] for name, value in parameters.items()})

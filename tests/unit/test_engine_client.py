@@ -16,10 +16,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from trtforge.engine_options import EngineOptions
 from trtforge.errors import CapacityError, ConfigError, RequestError, ServerError
 from trtforge.manifest import Manifest
 from trtforge.runtime.engine_client import EngineClient
-from trtforge.runtime.request import GenerationOutput, GenerationRequest, SamplingParams
+from trtforge.runtime.outputs import GenerationOutput
+from trtforge.runtime.request import GenerationRequest, SamplingParams
 
 TIMEOUT_S = 30
 GREEDY = SamplingParams(max_tokens=24)
@@ -73,7 +75,7 @@ def start() -> Iterator[Start]:
     clients = []
 
     def start(repository: Path) -> EngineClient:
-        client = EngineClient(repository / "llm" / "1")
+        client = EngineClient(repository / "llm" / "1", EngineOptions())
         clients.append(client)
         client.start()
         return client
@@ -86,7 +88,7 @@ def start() -> Iterator[Start]:
 @pytest.fixture(scope="module")
 def client(fake_repository: Path) -> Iterator[EngineClient]:
     """One for all tests that leave it as it was."""
-    client = EngineClient(fake_repository / "llm" / "1")
+    client = EngineClient(fake_repository / "llm" / "1", EngineOptions())
     client.start()
     yield client
     client.close()
@@ -241,7 +243,7 @@ def test_a_model_that_cannot_be_served(fake_repository: Path, tmp_path: Path) ->
     shutil.copytree(fake_repository, tmp_path / "copy")
     folder = tmp_path / "copy" / "llm" / "1"
     Manifest.load(folder).model_copy(update={"runtime": "tensorrt"}).save(folder)
-    client = EngineClient(folder)
+    client = EngineClient(folder, EngineOptions())
     with pytest.raises(ConfigError, match="'tensorrt', which cannot be served"):
         client.start()
     assert not client.is_alive
@@ -256,7 +258,7 @@ def test_an_engine_that_dies_while_it_starts(
     python.write_text("#!/bin/sh\nexit 3\n")
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    client = EngineClient(fake_repository / "llm" / "1")
+    client = EngineClient(fake_repository / "llm" / "1", EngineOptions())
     with pytest.raises(ServerError, match="exit status 3"):
         client.start()
     client.close()
@@ -279,8 +281,9 @@ def test_close_ends_everything(start: Start, long_repository: Path) -> None:
 
 SERVE_AND_WAIT = """
 import sys, pathlib, psutil
+from trtforge.engine_options import EngineOptions
 from trtforge.runtime.engine_client import EngineClient
-client = EngineClient(pathlib.Path(sys.argv[1]))
+client = EngineClient(pathlib.Path(sys.argv[1]), EngineOptions())
 client.start()
 print(psutil.Process().children()[0].pid, flush=True)
 sys.stdin.read()

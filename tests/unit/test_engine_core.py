@@ -13,8 +13,9 @@ from trtforge.manifest import Limits
 from trtforge.runtime.engine_core import EngineCore
 from trtforge.runtime.executor import ModelInputs, ModelOutputs
 from trtforge.runtime.fake_executor import FakeExecutor
-from trtforge.runtime.request import EngineOutput, EngineRequest, FinishReason, SamplingParams
-from trtforge.runtime.sampler import sample
+from trtforge.runtime.outputs import EngineOutput
+from trtforge.runtime.request import EngineRequest, FinishReason, SamplingParams
+from trtforge.runtime.sampling.sampler import sample
 
 VOCAB_SIZE = 11
 EOS = (0,)

@@ -14,9 +14,9 @@ from transformers import (
 )
 
 from trtforge.errors import RequestError
-from trtforge.runtime import sampler
 from trtforge.runtime.request import SamplingParams
-from trtforge.runtime.sampler import INVALID_TOKEN, check_sampling_params, sample, token_weights
+from trtforge.runtime.sampling import sampler
+from trtforge.runtime.sampling.sampler import INVALID_TOKEN, check_sampling_params, sample, token_weights
 
 LARGEST_UNIFORM = float(np.nextafter(1.0, 0.0))
 
