@@ -18,9 +18,13 @@ class Add(msgspec.Struct, frozen=True, tag="add"):
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
-    """Stop a request; unknown and ended ones are ignored."""
+    """Stop a request; unknown and ended ones are ignored.
+
+    With an `index` only that answer ends, of which there is no output any more; the others go on.
+    """
 
     request_id: str
+    index: int | None = None
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
