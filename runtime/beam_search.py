@@ -44,7 +44,9 @@ def check_beam_search(sampling: SamplingParams) -> None:
     for name in SamplingParams.__slots__:
         value = getattr(sampling, name)
         if name not in _ALLOWED and value != getattr(off, name):
-            raise RequestError(f"{name} is given with beam_width {sampling.beam_width}: leave one of them out")
+            raise RequestError(
+                f"{name} is given with beam_width {sampling.beam_width}: leave one of them out"
+            )
 
 
 @dataclass(frozen=True, slots=True)

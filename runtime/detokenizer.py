@@ -13,7 +13,16 @@ class Detokenizer:
     The text of the first `min_tokens` tokens is never part of a stop string.
     """
 
-    __slots__ = ("_first_chars", "_held", "_min_tokens", "_push", "_stops", "_stream", "num_tokens", "stopped")
+    __slots__ = (
+        "_first_chars",
+        "_held",
+        "_min_tokens",
+        "_push",
+        "_stops",
+        "_stream",
+        "num_tokens",
+        "stopped",
+    )
 
     def __init__(self, stream: TextStream, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
         self._stream = stream

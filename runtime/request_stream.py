@@ -43,7 +43,7 @@ class RequestStream:
         None for an answer that has ended already.
         """
         reason = output.finish_reason
-        if reason == "error" or reason == "cancelled":  # noqa: PLR1714
+        if reason == "error" or reason == "cancelled":
             return self.failure(reason, output.error, output.error_kind)
         answer = self._answers[output.index]
         if answer is None:
