@@ -21,7 +21,7 @@ from trtforge.runtime.request import SamplingParams
 from trtforge.runtime.word_tokens import Encoder, word_biases
 
 MAX_TEMPERATURE = 100.0
-MAX_REPETITION_PENALTY = 100.0
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 MAX_PENALTY = 2.0
 MAX_LENGTH_PENALTY = 10.0
 MAX_BIAS = 100.0
@@ -29,7 +29,7 @@ MAX_BIASES = 1024
 MAX_STRINGS = 64
 MAX_STOP_STRINGS = 32
 MAX_STRING_CHARS = 1000
-MAX_STOP_TOKEN_IDS = 256
+MAX_STOP_TOKEN_IDS = 64
 MAX_ANSWERS = 64
 MAX_LOGPROBS = 20
 
@@ -134,6 +134,8 @@ def _biased_words(tensors: Tensors) -> list[tuple[str, float]]:
     name, weights_name = "embedding_bias_words", "embedding_bias_weights"
     raw_words = tensors[name].tolist() if name in tensors else []
     raw_weights = tensors[weights_name].tolist() if weights_name in tensors else []
+    if not raw_weights and not any(raw_words):
+        return []  # one empty word stands for none, as with stop_words
     if len(raw_words) != len(raw_weights):
         raise values.refusal(
             weights_name, f"{len(raw_weights)} numbers", f"one for each of {len(raw_words)} {name}"
@@ -225,7 +227,7 @@ _FIELDS: dict[str, Parse] = {
     "top_p": _above_to(0, 1),
     "min_p": _from_to(0, 1),
     "typical_p": _above_to(0, 1),
-    "repetition_penalty": _above_to(0, MAX_REPETITION_PENALTY),
+    "repetition_penalty": _from_to(MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY),
     "presence_penalty": _from_to(-MAX_PENALTY, MAX_PENALTY),
     "frequency_penalty": _from_to(-MAX_PENALTY, MAX_PENALTY),
     "no_repeat_ngram_size": partial(_up_to_model_len, 0),

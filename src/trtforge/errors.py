@@ -54,7 +54,7 @@ class ServerError(TrtforgeError):
     exit_code = 8
 
 
-class RequestTimeoutError(ServerError):
+class RequestTimeoutError(TrtforgeError):
     """A request that did not finish within its timeout, whether the server or the client measured it."""
 
     exit_code = 9

@@ -255,9 +255,10 @@ def test_the_same_value_twice() -> None:
 
 
 @pytest.mark.parametrize("empty", ["", ["", ""], []])
-def test_empty_stop_strings_stand_for_none(empty: object) -> None:
+def test_empty_strings_stand_for_none(empty: object) -> None:
     # Clients of the TensorRT-LLM convention send them always.
     assert sampling(stop_words=empty).stop == ()
+    assert sampling(bad_words=empty, embedding_bias_words=empty) == SamplingParams()
 
 
 def test_prompts() -> None:
@@ -315,8 +316,8 @@ BAD_TENSORS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"min_length": 17}, ("min_length is 17", "at most max_tokens, 16")),
     ({"min_tokens": 3, "min_length": 4}, ("min_tokens is 3", "min_length is 4")),
     ({"typical_p": 0.0}, ("typical_p is 0.0", "above 0 and at most 1")),
-    ({"repetition_penalty": 0.0}, ("repetition_penalty is 0.0", "above 0 and at most 100")),
-    ({"repetition_penalty": np.inf}, ("repetition_penalty is inf", "above 0 and at most 100")),
+    ({"repetition_penalty": 0.0}, ("repetition_penalty is 0.0", "0.01 to 100")),
+    ({"repetition_penalty": np.inf}, ("repetition_penalty is inf", "0.01 to 100")),
     ({"presence_penalty": 2.5}, ("presence_penalty is 2.5", "-2 to 2")),
     ({"frequency_penalty": np.nan}, ("frequency_penalty is nan", "-2 to 2")),
     ({"no_repeat_ngram_size": -1}, ("no_repeat_ngram_size is -1", "0 to 2048")),
@@ -419,7 +420,7 @@ BAD_JSON: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"stop": ["a", 3]}, ("stop is 3", "text")),
     ({"stop": {"a": 1}}, ("stop", "text")),
     ({"stop_token_ids": [1, 1000]}, ("stop_token_ids is 1000", "0 to 999")),
-    ({"stop_token_ids": list(range(257))}, ("stop_token_ids is 257 token ids", "at most 256")),
+    ({"stop_token_ids": list(range(65))}, ("stop_token_ids is 65 token ids", "at most 64")),
     ({"ignore_eos": 1}, ("ignore_eos is 1", "true or false")),
     ({"stop_words": "x"}, ("unknown key 'stop_words'", "max_tokens, min_tokens", "structured_outputs")),
     ({"best_of": 2}, ("best_of is given", "n")),
@@ -519,6 +520,6 @@ def test_any_json_is_understood_or_refused(parameters: dict[str, Any]) -> None:
     assert type(params.ignore_eos) is bool
     assert 0 <= params.min_tokens <= params.max_tokens
     assert 1 <= params.n <= 64
-    assert 0 < params.repetition_penalty <= 100
+    assert 0.01 <= params.repetition_penalty + 1e-6 <= 100.1
     assert all(0 <= i < LIMITS.vocab_size and -100 <= bias <= 100 for i, bias in params.logit_bias)
     assert all(params.bad_words)
