@@ -18,13 +18,10 @@ class Add(msgspec.Struct, frozen=True, tag="add"):
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
-    """Stop a request; unknown and ended ones are ignored.
-
-    With an `index` only that answer ends, of which there is no output any more; the others go on.
-    """
+    """Stop a request, or one of its answers; unknown and ended ones are ignored."""
 
     request_id: str
-    index: int | None = None
+    index: int | None = None  # None: all answers
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
