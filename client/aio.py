@@ -9,38 +9,48 @@ from types import TracebackType
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from trtforge.client import protocol
-from trtforge.client.protocol import SERVER_DEFAULTS, Chunk, Completion, Prompt, SamplingOptions
+from trtforge.client import answers, protocol
+from trtforge.client.answers import Arrivals, Chunk, Completion
+from trtforge.client.protocol import (
+    DEFAULT_OPTIONS,
+    SERVER_DEFAULTS,
+    Prompt,
+    RequestOptions,
+    SamplingOptions,
+)
 from trtforge.errors import ServerError
 
-__all__ = ["AsyncClient", "AsyncCompletionStream", "Chunk", "Completion", "SamplingOptions"]
+__all__ = ["AsyncClient", "AsyncCompletionStream", "Chunk", "Completion", "RequestOptions", "SamplingOptions"]
 
 
 class AsyncCompletionStream(AsyncIterator[Chunk]):
-    """The chunks of one answer as they come.
+    """The chunks of a request's answers as they come.
 
     Leaving the `async with` block, `close`, or cancelling the task that waits for the next chunk
     cancels the request on the server.
     """
 
-    def __init__(self, call: grpc.aio.StreamStreamCall, client: AsyncClient) -> None:
+    def __init__(self, call: grpc.aio.StreamStreamCall, client: AsyncClient, arrivals: Arrivals) -> None:
         self._call = call
         self._client = client
-        self._finished = False  # the finish_reason has come
+        self._arrivals = arrivals
         self._closed = False
 
     async def __anext__(self) -> Chunk:
         try:
-            while (response := await self._read()) is not None:
-                chunk = protocol.parse_response(response)
+            while not self._closed:
+                chunk = self._arrivals.pop()
                 if chunk is not None:
-                    self._finished = chunk.finish_reason is not None
                     return chunk
+                response = await self._read()
+                if response is None:
+                    break
+                self._arrivals.add(response)
         except BaseException:
             self.close()
             raise
-        if not self._finished and not self._closed:
-            raise protocol.unfinished()
+        if not self._arrivals.finished and not self._closed:
+            raise answers.unfinished()
         raise StopAsyncIteration
 
     async def _read(self) -> service_pb2.ModelStreamInferResponse | None:
@@ -49,9 +59,9 @@ class AsyncCompletionStream(AsyncIterator[Chunk]):
         try:
             response = await self._call.read()
         except grpc.RpcError as error:
-            if self._finished or self._closed:
+            if self._arrivals.finished or self._closed:
                 return None
-            raise protocol.rpc_error(error, self._client.url) from error
+            raise answers.rpc_error(error, self._client.url) from error
         except asyncio.CancelledError as error:
             # gRPC raises it for a call that was cancelled on this side, whether or not the task was.
             if self._closed:
@@ -76,7 +86,7 @@ class AsyncCompletionStream(AsyncIterator[Chunk]):
         """Cancel the request on the server if it has not finished; idempotent."""
         self._closed = True
         # A finished one ends by itself. Cancelling just then crashes Triton 2.51 now and then.
-        if not self._finished:
+        if not self._arrivals.finished:
             self._call.cancel()
 
     def __del__(self) -> None:
@@ -120,15 +130,20 @@ class AsyncClient:
         messages: Sequence[Mapping[str, str]] | None = None,
         input_ids: Sequence[int] | None = None,
         sampling: SamplingOptions = SERVER_DEFAULTS,
+        options: RequestOptions = DEFAULT_OPTIONS,
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> Completion:
-        """The whole answer to a prompt, to a conversation's `messages` or to token ids."""
+        """The whole answer to a prompt, to a conversation's `messages` or to token ids.
+
+        With n > 1 it has the other answers with it.
+        """
+        source = Prompt(prompt, messages, input_ids)
         request = protocol.infer_request(
-            self.model, Prompt(prompt, messages, input_ids), sampling, stream=False, request_id=request_id
+            self.model, source, sampling, options, stream=False, request_id=request_id
         )
-        async with self._start(request, timeout_s) as stream:
-            return protocol.join([chunk async for chunk in stream])
+        async with self._start(request, Arrivals(sampling.n or 1), timeout_s) as stream:
+            return answers.join([chunk async for chunk in stream])
 
     def stream(
         self,
@@ -137,20 +152,22 @@ class AsyncClient:
         messages: Sequence[Mapping[str, str]] | None = None,
         input_ids: Sequence[int] | None = None,
         sampling: SamplingOptions = SERVER_DEFAULTS,
+        options: RequestOptions = DEFAULT_OPTIONS,
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> AsyncCompletionStream:
-        """The answer chunk by chunk; the request is sent at once.
+        """The answer chunk by chunk, those of n answers mixed; the request is sent at once.
 
         Dropping the iterator before its end, or closing it, cancels the request on the server.
         """
+        source = Prompt(prompt, messages, input_ids)
         request = protocol.infer_request(
-            self.model, Prompt(prompt, messages, input_ids), sampling, stream=True, request_id=request_id
+            self.model, source, sampling, options, stream=True, request_id=request_id
         )
-        return self._start(request, timeout_s)
+        return self._start(request, Arrivals(sampling.n or 1), timeout_s)
 
     def _start(
-        self, request: service_pb2.ModelInferRequest, timeout_s: float | None
+        self, request: service_pb2.ModelInferRequest, arrivals: Arrivals, timeout_s: float | None
     ) -> AsyncCompletionStream:
         call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout_s)
-        return AsyncCompletionStream(call, self)
+        return AsyncCompletionStream(call, self, arrivals)

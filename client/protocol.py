@@ -1,19 +1,17 @@
-"""One request and its responses as protobuf messages, the same for the sync and the asyncio client."""
+"""One request as a protobuf message, the same for the sync and the asyncio client."""
 
 from __future__ import annotations
 
 import json
-import struct
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-import grpc
 from tritonclient.grpc import service_pb2
 
 from trtforge import wire
-from trtforge.errors import CapacityError, RequestError, ServerError, TrtforgeError
+from trtforge.errors import RequestError
 
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
@@ -22,8 +20,6 @@ CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),
 ]
 
-_LENGTH = struct.Struct("<I")
-_INT32_BYTES = 4
 _TENSORS = {tensor.name: tensor for tensor in wire.REQUEST_TENSORS}
 # Triton's data type: its name in requests, and the field of InferTensorContents that carries it.
 _DATA_TYPES = {
@@ -36,25 +32,64 @@ _DATA_TYPES = {
 
 
 @dataclass(frozen=True, slots=True)
+class Guide:
+    """What the answer has to look like: "json" (any), "json_schema", "regex", "ebnf_grammar" or "choice".
+
+    `text` is the schema, expression or grammar, or a JSON list of strings to choose from.
+    """
+
+    kind: str
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingOptions:
     """How tokens are chosen and when to stop; None leaves a value to the server's default.
 
-    The fields are the request tensors of the same names, but for `ignore_eos` (go on after the end of
-    sequence, up to max_tokens), which travels in `sampling_parameters`.
+    What each one means and may be is in docs/requests.md, under the tensor of the same name. `n` is
+    num_return_sequences there; the last five travel in `sampling_parameters`.
     """
 
     max_tokens: int | None = None
+    min_tokens: int | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    bad_words: tuple[str, ...] | None = None
     seed: int | None = None
     stop_words: tuple[str, ...] | None = None
     end_id: int | None = None
+    n: int | None = None
+    beam_width: int | None = None
+    length_penalty: float | None = None
+    guide: Guide | None = None
     ignore_eos: bool | None = None
+    stop_token_ids: tuple[int, ...] | None = None
+    logit_bias: Mapping[int, float] | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """How a request is treated; None leaves a value to the server's default."""
+
+    priority: int | None = None  # lower goes first
+    timeout_ms: int | None = None  # the server ends the request then, with RequestTimeoutError
+    cache_salt: str | None = None  # only requests with the same one share cached prefixes
 
 
 SERVER_DEFAULTS = SamplingOptions()
+DEFAULT_OPTIONS = RequestOptions()
+
+_IN_SAMPLING_PARAMETERS = ("ignore_eos", "stop_token_ids", "logit_bias", "logprobs", "prompt_logprobs")
+_RETURNED = ("finish_reason", "num_input_tokens", "num_output_tokens", "num_cached_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,54 +109,50 @@ class Prompt:
             raise RequestError(f"exactly one of prompt, messages and input_ids is needed, not {sum(given)}")
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """What is new since the previous chunk; the last one, and only it, has a finish_reason."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str | None
-    num_input_tokens: int
-    num_output_tokens: int  # so far, this chunk included
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A whole answer."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    num_input_tokens: int
-    num_output_tokens: int
-
-
 def infer_request(
-    model: str, prompt: Prompt, sampling: SamplingOptions, *, stream: bool, request_id: str | None
+    model: str,
+    prompt: Prompt,
+    sampling: SamplingOptions,
+    options: RequestOptions,
+    *,
+    stream: bool,
+    request_id: str | None,
 ) -> service_pb2.ModelInferRequest:
     """The message for one request; raises RequestError for a value that its tensor cannot hold.
 
     Without a `request_id` the request gets a random one.
     """
-    options = asdict(sampling)
-    ignore_eos = options.pop("ignore_eos")
+    given = {field.name: getattr(sampling, field.name) for field in fields(sampling)}
+    guide = given.pop("guide")
+    parameters = {name: given.pop(name) for name in _IN_SAMPLING_PARAMETERS}
     values: dict[str, Any] = {
         "text_input": prompt.text,
         "messages": None if prompt.messages is None else json.dumps(list(prompt.messages)),
         "input_ids": prompt.input_ids,
-        **options,
-        "sampling_parameters": None if ignore_eos is None else json.dumps({"ignore_eos": ignore_eos}),
+        "num_return_sequences": given.pop("n"),
+        **given,
+        **{field.name: getattr(options, field.name) for field in fields(options)},
+        "guided_decoding_guide_type": guide and guide.kind,
+        "guided_decoding_guide": guide and guide.text,
+        "sampling_parameters": _json_object(parameters),
         "stream": stream,
         "exclude_input_in_output": True,
-        "return_finish_reason": True,
-        "return_num_input_tokens": True,
-        "return_num_output_tokens": True,
+        "return_cumulative_logprob": None if sampling.logprobs is None else True,
+        **{f"return_{name}": True for name in _RETURNED},
     }
     request = service_pb2.ModelInferRequest(model_name=model, id=request_id or uuid.uuid4().hex)
     for name, value in values.items():
         if value is not None:
             _add_tensor(request, _TENSORS[name], value)
     return request
+
+
+def _json_object(values: Mapping[str, Any]) -> str | None:
+    given = {name: value for name, value in values.items() if value is not None}
+    try:
+        return json.dumps(given) if given else None
+    except TypeError as error:
+        raise RequestError(f"sampling_parameters cannot be sent as JSON: {error}") from error
 
 
 def _add_tensor(request: service_pb2.ModelInferRequest, spec: wire.TritonTensor, value: Any) -> None:
@@ -135,89 +166,3 @@ def _add_tensor(request: service_pb2.ModelInferRequest, spec: wire.TritonTensor,
         getattr(tensor.contents, field).extend(elements)
     except (TypeError, ValueError) as error:
         raise RequestError(f"{spec.name} cannot be sent as {spec.data_type}: {error}") from error
-
-
-def parse_response(response: service_pb2.ModelStreamInferResponse) -> Chunk | None:
-    """The chunk of one response; None for one without contents, which only says that it is the last.
-
-    Raises the error that the response carries, and ServerError if the response is not one of a model
-    built by this project.
-    """
-    if response.error_message:
-        raise _model_error(response.error_message.strip())
-    contents = response.infer_response
-    if not contents.outputs:
-        return None
-    outputs = (output.name for output in contents.outputs)
-    tensors = dict(zip(outputs, contents.raw_output_contents, strict=True))
-    reasons = _strings(tensors, "finish_reason")
-    return Chunk(
-        text="".join(_strings(tensors, "text_output")),
-        token_ids=_numbers(tensors, "output_ids"),
-        # Empty until the last chunk.
-        finish_reason=(reasons[0] or None) if reasons else None,
-        num_input_tokens=sum(_numbers(tensors, "num_input_tokens")),
-        num_output_tokens=sum(_numbers(tensors, "num_output_tokens")),
-    )
-
-
-def _model_error(text: str) -> TrtforgeError:
-    code, message = wire.split_error_text(text)
-    if code == "INVALID_ARG":
-        return RequestError(message)
-    if code == "UNAVAILABLE":
-        return CapacityError(message)
-    if code is None:
-        return ServerError(f"the server refused the request: {message}")
-    return ServerError(f"the model failed the request: {message}")
-
-
-def _strings(tensors: Mapping[str, bytes], name: str) -> list[str]:
-    # Each string has its length in bytes before it.
-    raw, strings, offset = _contents(tensors, name), [], 0
-    try:
-        while offset < len(raw):
-            start = offset + _LENGTH.size
-            offset = start + _LENGTH.unpack_from(raw, offset)[0]
-            strings.append(raw[start:offset].decode())
-    except UnicodeDecodeError as error:
-        raise ServerError(f"the model sent a {name} that is not UTF-8: {error.reason}") from error
-    return strings
-
-
-def _numbers(tensors: Mapping[str, bytes], name: str) -> tuple[int, ...]:
-    raw = _contents(tensors, name)
-    return struct.unpack(f"<{len(raw) // _INT32_BYTES}i", raw)
-
-
-def _contents(tensors: Mapping[str, bytes], name: str) -> bytes:
-    if name not in tensors:
-        raise ServerError(f"the model's response has no tensor {name}: was it built with build-engine?")
-    return tensors[name]
-
-
-def join(chunks: Sequence[Chunk]) -> Completion:
-    """The whole answer out of all its chunks, the last of which has the finish_reason."""
-    last = chunks[-1]
-    return Completion(
-        text="".join(chunk.text for chunk in chunks),
-        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
-        finish_reason=last.finish_reason or "",
-        num_input_tokens=last.num_input_tokens,
-        num_output_tokens=last.num_output_tokens,
-    )
-
-
-def unfinished() -> ServerError:
-    """The error for a stream that the server ended although no finish_reason had come."""
-    return ServerError("the answer is incomplete: the server ended the stream without a finish_reason")
-
-
-def rpc_error(error: grpc.RpcError, url: str) -> ServerError:
-    """The project's error for a call that failed as such; what the model refuses comes in a response."""
-    code, details = error.code(), error.details()
-    if code is grpc.StatusCode.UNAVAILABLE:
-        return ServerError(f"no connection to a server at {url}: {details}")
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return ServerError(f"the server at {url} did not finish the request within its timeout")
-    return ServerError(f"the server at {url} failed the request with {code.name}: {details}")

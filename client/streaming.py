@@ -8,45 +8,56 @@ from types import TracebackType
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from trtforge.client import protocol
-from trtforge.client.protocol import SERVER_DEFAULTS, Chunk, Completion, Prompt, SamplingOptions
+from trtforge.client import answers, protocol
+from trtforge.client.answers import Arrivals, Chunk, Completion
+from trtforge.client.protocol import (
+    DEFAULT_OPTIONS,
+    SERVER_DEFAULTS,
+    Prompt,
+    RequestOptions,
+    SamplingOptions,
+)
 
-__all__ = ["Chunk", "Client", "Completion", "CompletionStream", "SamplingOptions"]
+__all__ = ["Chunk", "Client", "Completion", "CompletionStream", "RequestOptions", "SamplingOptions"]
 
 
 class CompletionStream(Iterator[Chunk]):
-    """The chunks of one answer as they come. Leaving the `with` block or `close` cancels the request.
+    """The chunks of a request's answers as they come.
 
-    `close` may be called by any thread; whoever waits for the next chunk then sees the end.
+    Leaving the `with` block or `close` cancels the request. `close` may be called by any
+    thread; whoever waits for the next chunk then sees the end.
     """
 
-    def __init__(self, call: grpc.Call, client: Client) -> None:
+    def __init__(self, call: grpc.Call, client: Client, arrivals: Arrivals) -> None:
         self._call = call
         self._client = client
-        self._finished = False  # the finish_reason has come
+        self._arrivals = arrivals
         self._closed = False
 
     def __next__(self) -> Chunk:
         try:
-            while (response := self._read()) is not None:
-                chunk = protocol.parse_response(response)
+            while not self._closed:
+                chunk = self._arrivals.pop()
                 if chunk is not None:
-                    self._finished = chunk.finish_reason is not None
                     return chunk
+                response = self._read()
+                if response is None:
+                    break
+                self._arrivals.add(response)
         except BaseException:
             self.close()
             raise
-        if not self._finished and not self._closed:
-            raise protocol.unfinished()
+        if not self._arrivals.finished and not self._closed:
+            raise answers.unfinished()
         raise StopIteration
 
     def _read(self) -> service_pb2.ModelStreamInferResponse | None:
         try:
             return None if self._closed else next(self._call, None)
         except grpc.RpcError as error:
-            if self._finished or self._closed:
+            if self._arrivals.finished or self._closed:
                 return None
-            raise protocol.rpc_error(error, self._client.url) from error
+            raise answers.rpc_error(error, self._client.url) from error
 
     def __enter__(self) -> CompletionStream:
         return self
@@ -63,7 +74,7 @@ class CompletionStream(Iterator[Chunk]):
         """Cancel the request on the server if it has not finished; idempotent."""
         self._closed = True
         # A finished one ends by itself. Cancelling just then crashes Triton 2.51 now and then.
-        if not self._finished:
+        if not self._arrivals.finished:
             self._call.cancel()
 
     def __del__(self) -> None:
@@ -74,7 +85,8 @@ class Client:
     """A connection to one model of a tritonserver. Threads may share it; each request is independent.
 
     Requests raise RequestError if they are wrong in themselves, CapacityError if the model has no room
-    now, and ServerError if there is no server at `url`, or if it failed.
+    now, RequestTimeoutError if they took longer than they were allowed to, and ServerError if there is no
+    server at `url`, or if it failed.
     """
 
     def __init__(self, url: str = "localhost:8001", model: str = "llm") -> None:
@@ -109,15 +121,20 @@ class Client:
         messages: Sequence[Mapping[str, str]] | None = None,
         input_ids: Sequence[int] | None = None,
         sampling: SamplingOptions = SERVER_DEFAULTS,
+        options: RequestOptions = DEFAULT_OPTIONS,
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> Completion:
-        """The whole answer to a prompt, to a conversation's `messages` or to token ids."""
+        """The whole answer to a prompt, to a conversation's `messages` or to token ids.
+
+        With n > 1 it has the other answers with it.
+        """
+        source = Prompt(prompt, messages, input_ids)
         request = protocol.infer_request(
-            self.model, Prompt(prompt, messages, input_ids), sampling, stream=False, request_id=request_id
+            self.model, source, sampling, options, stream=False, request_id=request_id
         )
-        with self._start(request, timeout_s) as stream:
-            return protocol.join(list(stream))
+        with self._start(request, Arrivals(sampling.n or 1), timeout_s) as stream:
+            return answers.join(list(stream))
 
     def stream(
         self,
@@ -126,18 +143,22 @@ class Client:
         messages: Sequence[Mapping[str, str]] | None = None,
         input_ids: Sequence[int] | None = None,
         sampling: SamplingOptions = SERVER_DEFAULTS,
+        options: RequestOptions = DEFAULT_OPTIONS,
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> CompletionStream:
-        """The answer chunk by chunk; the request is sent at once.
+        """The answer chunk by chunk, those of n answers mixed; the request is sent at once.
 
         Dropping the iterator before its end, or closing it, cancels the request on the server.
         """
+        source = Prompt(prompt, messages, input_ids)
         request = protocol.infer_request(
-            self.model, Prompt(prompt, messages, input_ids), sampling, stream=True, request_id=request_id
+            self.model, source, sampling, options, stream=True, request_id=request_id
         )
-        return self._start(request, timeout_s)
+        return self._start(request, Arrivals(sampling.n or 1), timeout_s)
 
-    def _start(self, request: service_pb2.ModelInferRequest, timeout_s: float | None) -> CompletionStream:
+    def _start(
+        self, request: service_pb2.ModelInferRequest, arrivals: Arrivals, timeout_s: float | None
+    ) -> CompletionStream:
         call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout_s)
-        return CompletionStream(call, self)
+        return CompletionStream(call, self, arrivals)

@@ -2,32 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from trtforge.runtime.text_stream import TextStream
 
 
 class Detokenizer:
-    """The text of one request, cut before the stop string whose end comes first."""
+    """The text of one answer, cut before the stop string whose end comes first.
 
-    def __init__(self, stream: TextStream, stop: Sequence[str] = ()) -> None:
+    The text of the first `min_tokens` tokens is never part of a stop string.
+    """
+
+    __slots__ = (
+        "_first_chars",
+        "_held",
+        "_min_tokens",
+        "_push",
+        "_stops",
+        "_stream",
+        "num_tokens",
+        "stopped",
+    )
+
+    def __init__(self, stream: TextStream, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
         self._stream = stream
+        self._push = stream.push
         self._stops = [_StopString(text) for text in stop]
+        self._first_chars = frozenset(text[0] for text in stop)
+        self._min_tokens = min_tokens
         self._held = ""  # may be the beginning of a stop string
+        self.num_tokens = 0  # up to the one that completed a stop string
         self.stopped = False
 
-    def push(self, token_ids: Iterable[int]) -> str:
-        """Text to hand out after these tokens; the empty string once a stop string was found."""
-        return "".join(self._scan(self._stream.push(token_id)) for token_id in token_ids)
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Text to hand out after these tokens; what comes after a stop string is not looked at."""
+        if not self._stops:
+            self.num_tokens += len(token_ids)
+            return self._push(token_ids[0]) if len(token_ids) == 1 else "".join(map(self._push, token_ids))
+        text = ""
+        for token_id in token_ids:
+            if self.stopped:
+                break
+            self.num_tokens += 1
+            piece = self._push(token_id)
+            text += self._scan(piece) if self.num_tokens > self._min_tokens else piece
+        return text
 
     def finish(self) -> str:
         """What was held back, at the end of the sequence."""
-        text = self._scan(self._stream.flush())
+        text = self._stream.flush()
+        if not self._stops or self.num_tokens <= self._min_tokens:
+            return text
+        text = self._scan(text)
         return text if self.stopped else text + self._held
 
     def _scan(self, text: str) -> str:
-        if self.stopped or not self._stops:
-            return "" if self.stopped else text
+        if self.stopped:
+            return ""
+        if not self._held and self._first_chars.isdisjoint(text):
+            return text  # the usual case, without a look at each character
         candidate = self._held + text
         for end, char in enumerate(text, start=len(self._held) + 1):
             found = max(stop.length if stop.advance(char) else 0 for stop in self._stops)

@@ -12,26 +12,23 @@ import itertools
 import logging
 import secrets
 import threading
-from collections.abc import Callable
 from pathlib import Path
-
-import msgspec
 
 from trtforge.engine_options import EngineOptions
 from trtforge.errors import CapacityError, RequestError, ServerError, TrtforgeError
 from trtforge.manifest import Manifest
-from trtforge.runtime.detokenizer import Detokenizer
+from trtforge.runtime.beam_search import BeamSearches, BeamSearchModel
 from trtforge.runtime.engine_handle import EngineHandle
 from trtforge.runtime.messages import Add, Cancel, Outputs, Refused
 from trtforge.runtime.outputs import EngineOutput, EngineStats, GenerationOutput
-from trtforge.runtime.request import EngineRequest, ErrorKind, FinishReason, GenerationRequest
+from trtforge.runtime.request import EngineRequest, ErrorKind, GenerationRequest
+from trtforge.runtime.request_stream import OnOutput, RequestStream
 from trtforge.runtime.tokenizer import Tokenizer
+from trtforge.runtime.word_tokens import bad_words_token_ids
 
 logger = logging.getLogger(__name__)
 
 RESTART_DELAYS_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # the last one again and again
-
-OnOutput = Callable[[GenerationOutput], None]
 
 
 class EngineClient:
@@ -52,11 +49,20 @@ class EngineClient:
         self._engine: EngineHandle | None = None  # the current one, ready or not
         self._is_ready = False
         self._stats = EngineStats()
-        self._streams: dict[str, _Stream] = {}  # by engine id
+        self._streams: dict[str, RequestStream] = {}  # by engine id
         # A caller may use a request id again as soon as its request has ended, when the engine can still
         # be about to answer the old one: the engine gets ids that never repeat.
         self._engine_ids: dict[str, str] = {}
         self._next_number = itertools.count(1)
+        self._beam_searches = BeamSearches(
+            BeamSearchModel(
+                self.submit,
+                self.cancel,
+                self.tokenizer.decode,
+                self.manifest.model.eos_token_ids,
+                self.manifest.limits.max_model_len,
+            )
+        )
         self._closing = threading.Event()
         self._reader = threading.Thread(target=self._run, name="engine-reader", daemon=True)
 
@@ -76,23 +82,43 @@ class EngineClient:
         return self._stats
 
     def submit(self, request: GenerationRequest, on_output: OnOutput) -> None:
-        """Start a request; `on_output` gets its outputs, the last of which has a finish_reason.
+        """Start a request; `on_output` gets its outputs, the last of which is final.
 
         `on_output` runs in the reader thread and must not wait for anything; if it raises, its request
         is cancelled. Raises RequestError for a request that cannot be served, CapacityError while
         the engine restarts, ServerError after `close`.
         """
         prompt = self._encode(request.prompt)
+        if request.timeout_s is None and self._options.default_timeout_s:
+            request = dataclasses.replace(request, timeout_s=self._options.default_timeout_s)
+        if request.sampling.beam_width > 1:
+            self._beam_searches.start(request, prompt, on_output)
+        else:
+            self._submit(request, prompt, on_output)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request early: its last output will have finish_reason "cancelled", unless it ended
+        otherwise just before. Unknown and ended ids are ignored."""
+        if self._beam_searches.cancel(request_id):
+            return
+        with self._lock:
+            if request_id in self._engine_ids:
+                self._send(Cancel(self._engine_ids[request_id]))
+
+    def _submit(self, request: GenerationRequest, prompt: tuple[int, ...], on_output: OnOutput) -> None:
         sampling = request.sampling
-        if sampling.seed is None:
+        if sampling.seed is None and sampling.temperature > 0:
             sampling = dataclasses.replace(sampling, seed=secrets.randbits(64))
+        if sampling.bad_words:
+            token_ids = bad_words_token_ids(self.tokenizer, sampling.bad_words)
+            token_ids += sampling.bad_words_token_ids
+            sampling = dataclasses.replace(sampling, bad_words_token_ids=token_ids)
         engine_id = f"{request.request_id}#{next(self._next_number)}"
-        stream = _Stream(
-            engine_id,
-            request.request_id,
-            on_output,
-            Detokenizer(self.tokenizer.text_stream(), sampling.stop),
-            num_prompt_tokens=len(prompt),
+        stream = RequestStream(
+            engine_id, request.request_id, on_output, len(prompt), sampling, self.tokenizer.text_stream
+        )
+        engine_request = EngineRequest(
+            engine_id, prompt, sampling, request.priority, request.timeout_s, request.cache_salt
         )
         with self._lock:
             if self._closing.is_set():
@@ -103,14 +129,7 @@ class EngineClient:
                 raise RequestError(f"request id {request.request_id!r} is in use: give each request its own")
             self._engine_ids[request.request_id] = engine_id
             self._streams[engine_id] = stream
-            self._send(Add(EngineRequest(engine_id, prompt, sampling)))
-
-    def cancel(self, request_id: str) -> None:
-        """End a request early: its last output will have finish_reason "cancelled", unless it ended
-        otherwise just before. Unknown and ended ids are ignored."""
-        with self._lock:
-            if request_id in self._engine_ids:
-                self._send(Cancel(self._engine_ids[request_id]))
+            self._send(Add(engine_request))
 
     def close(self) -> None:
         """Stop the engine; requests in flight fail. Not to be called from `on_output`. Idempotent."""
@@ -189,31 +208,38 @@ class EngineClient:
     def _deliver(self, output: EngineOutput) -> None:
         stream = self._streams.get(output.request_id)
         if stream is None:
-            return  # what the engine had produced before it learned that the stream had ended
+            return  # what the engine had produced before it learned that the request had ended
         result = stream.advance(output)
+        if result is None:
+            return  # likewise of one of its answers
         if result.finish_reason is not None:
-            # By a stop string: the engine does not know yet.
-            self._forget(stream, cancel=output.finish_reason is None)
+            # Ended by a stop string: the engine does not know yet.
+            is_news = output.finish_reason is None
+            if result.is_final:
+                self._forget(stream, cancel=is_news)
+            elif is_news:
+                with self._lock:
+                    self._send(Cancel(stream.engine_id, result.index))
         self._call(stream, result)
 
-    def _call(self, stream: _Stream, output: GenerationOutput) -> None:
+    def _call(self, stream: RequestStream, output: GenerationOutput) -> None:
         try:
             stream.on_output(output)
         except Exception:
             # The caller's trouble, of whatever kind, must not reach the other streams of this thread.
             logger.exception("request %s ends: its output could not be handed over", stream.request_id)
-            if output.finish_reason is None:
+            if not output.is_final:
                 self._forget(stream, cancel=True)
 
-    def _forget(self, stream: _Stream, *, cancel: bool) -> None:
+    def _forget(self, stream: RequestStream, *, cancel: bool) -> None:
         with self._lock:
             del self._streams[stream.engine_id], self._engine_ids[stream.request_id]
             if cancel:
                 self._send(Cancel(stream.engine_id))
 
-    def _fail(self, stream: _Stream, error: str, error_kind: ErrorKind) -> None:
+    def _fail(self, stream: RequestStream, error: str, error_kind: ErrorKind) -> None:
         self._forget(stream, cancel=False)
-        self._call(stream, stream.failure(error, error_kind))
+        self._call(stream, stream.failure("error", error, error_kind))
 
     def _bury(self, engine: EngineHandle) -> None:
         """Take leave of an engine that is gone: its requests fail, new ones are refused."""
@@ -240,51 +266,3 @@ class EngineClient:
             except TrtforgeError as error:
                 logger.error("the engine could not be restarted, attempt %d: %s", attempt + 1, error)
         return None
-
-
-class _Stream:
-    """A request in flight, as the client sees it."""
-
-    def __init__(
-        self,
-        engine_id: str,
-        request_id: str,
-        on_output: OnOutput,
-        detokenizer: Detokenizer,
-        num_prompt_tokens: int,
-    ) -> None:
-        self.engine_id = engine_id
-        self.request_id = request_id
-        self.on_output = on_output
-        self._detokenizer = detokenizer
-        self._num_prompt_tokens = num_prompt_tokens
-        self._num_generated_tokens = 0
-
-    def advance(self, output: EngineOutput) -> GenerationOutput:
-        """Take what the engine produced; the result may end the stream where the engine did not."""
-        reason = output.finish_reason
-        # A stop token ends the text, it is no part of it.
-        text = self._detokenizer.push(output.token_ids[:-1] if reason == "stop" else output.token_ids)
-        if reason is not None:
-            text += self._detokenizer.finish()
-        if self._detokenizer.stopped:
-            reason = "stop"
-        self._num_generated_tokens += len(output.token_ids)
-        return self._output(text, output.token_ids, reason, output.error if reason == "error" else None)
-
-    def failure(self, error: str, error_kind: ErrorKind) -> GenerationOutput:
-        """The last output of a stream that ends for want of an engine."""
-        return msgspec.structs.replace(self._output("", (), "error", error), error_kind=error_kind)
-
-    def _output(
-        self, text: str, token_ids: tuple[int, ...], reason: FinishReason | None, error: str | None
-    ) -> GenerationOutput:
-        return GenerationOutput(
-            self.request_id,
-            text,
-            token_ids,
-            reason,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_generated_tokens=self._num_generated_tokens,
-            error=error,
-        )

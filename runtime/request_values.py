@@ -67,17 +67,19 @@ def integer(name: str, value: object, low: int, high: int, remark: str = "") -> 
     return number
 
 
-def decimal(name: str, value: object, *, high: float, allowed: str, zero_allowed: bool = True) -> float:
-    """A number from 0 to `high`, possibly written as a string, rounded to float32.
+def decimal(
+    name: str, value: object, *, high: float, allowed: str, low: float = 0.0, low_allowed: bool = True
+) -> float:
+    """A number from `low` to `high`, possibly written as a string, rounded to float32.
 
     Rounded, because a tensor would hold it so: both ways of asking have to give the same tokens.
     """
     number = float(value) if isinstance(value, str) and _DECIMAL.fullmatch(value) else value
     # Compared before it is converted: an integer may be too large for a float.
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number <= high:
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not low <= number <= high:
         raise refusal(name, shorten(value), f"a number {allowed}")
     rounded = float(np.float32(number))
-    if rounded == 0 and not zero_allowed:
+    if rounded == low and not low_allowed:
         raise refusal(name, shorten(value), f"a number {allowed}")
     return rounded
 

@@ -7,6 +7,7 @@ stands.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 from typing import Any, Protocol
 
@@ -102,11 +103,15 @@ class _ByteLevelVocabulary:
         self._tokens = _Tokens(tokenizer)
         self._alphabet = _byte_level_alphabet()
         self._bytes: dict[int, bytes] = {}
+        # Text of tokens that are whole characters, which most are: they need no decoder.
+        self.texts: dict[int, str] = {}
 
     def token_bytes(self, token_id: int) -> bytes:
         value = self._bytes.get(token_id)
         if value is None:
             value = self._bytes[token_id] = self._to_bytes(self._tokens.token(token_id) or "")
+            with contextlib.suppress(UnicodeDecodeError):
+                self.texts[token_id] = value.decode()
         return value
 
     def _to_bytes(self, token: str) -> bytes:
@@ -123,9 +128,15 @@ class _ByteLevelStream:
         self._vocabulary = vocabulary
         # Holds back at most three bytes: an invalid sequence becomes U+FFFD as soon as it is one.
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._texts = vocabulary.texts
+        self._is_inside_char = False
 
     def push(self, token_id: int) -> str:
-        return self._utf8.decode(self._vocabulary.token_bytes(token_id))
+        if not self._is_inside_char and token_id in self._texts:
+            return self._texts[token_id]
+        text = self._utf8.decode(self._vocabulary.token_bytes(token_id))
+        self._is_inside_char = bool(self._utf8.getstate()[0])
+        return text
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
@@ -11,15 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from trtforge import wire
 from trtforge.engine_options import EngineOptions
 from trtforge.errors import CapacityError, RequestError, TrtforgeError
 from trtforge.runtime.engine_client import EngineClient
+from trtforge.runtime.outbox import Outbox
 from trtforge.runtime.outputs import EngineStats, GenerationOutput
-from trtforge.runtime.triton_requests import ModelLimits, ResponseOptions, parse_request
+from trtforge.runtime.sampling_values import ModelLimits
+from trtforge.runtime.triton_requests import parse_request
+from trtforge.runtime.triton_responses import Answers, Arrays
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,7 @@ CANCELLATION_PAUSE_RATIO = 9
 class TritonPythonModel:
     """One model instance: an engine client, and the requests that it is answering.
 
-    Triton calls `initialize`, `execute` and `finalize`; responses leave from the client's reader thread.
+    Triton calls `initialize`, `execute` and `finalize`; responses leave from the outbox's thread.
     """
 
     def initialize(self, args: dict[str, str]) -> None:
@@ -53,7 +56,9 @@ class TritonPythonModel:
         self._jobs: dict[str, _Job] = {}
         self._jobs_lock = threading.Lock()
         self._stopping = threading.Event()
+        self._decode_token = functools.cache(lambda token_id: self._client.tokenizer.decode([token_id]))
         self._client.start()
+        self._outbox = Outbox()
         self._gauges = _Gauges(args["model_name"])
         self._poller = threading.Thread(target=self._poll, name="poller", daemon=True)
         self._poller.start()
@@ -67,6 +72,7 @@ class TritonPythonModel:
         """Stop the engine. Triton has waited for the requests in flight; what is left fails."""
         self._stopping.set()
         self._client.close()
+        self._outbox.close()
         self._poller.join()
 
     def _accept(self, request: Any) -> None:
@@ -75,33 +81,32 @@ class TritonPythonModel:
         sender = _Sender(request_id, request.get_response_sender())
         try:
             tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            encode_chat = self._client.tokenizer.encode_chat
-            parameters = json.loads(request.parameters())
-            generation, options = parse_request(request_id, tensors, self._limits, encode_chat, parameters)
+            generation, options = parse_request(
+                request_id,
+                tensors,
+                self._limits,
+                self._client.tokenizer,
+                json.loads(request.parameters()),
+                request.timeout(),
+            )
+            job = _Job(self, request_id, sender, Answers(options, self._decode_token))
             with self._jobs_lock:
-                self._jobs[request_id] = _Job(sender, options)
-            self._client.submit(generation, self._on_output)
+                self._jobs[request_id] = job
+            mailbox = self._outbox.mailbox(job.deliver)
+            self._client.submit(generation, mailbox.put)
         except Exception as error:
             # Whatever is wrong with this request, the others of the batch go on.
             if not isinstance(error, (RequestError, CapacityError)):
                 logger.exception("request %s failed", request_id)
-            self._forget(request_id)
+            self.forget(request_id)
             sender.fail(error)
 
-    def _on_output(self, output: GenerationOutput) -> None:
-        job = self._jobs[output.request_id]
-        if output.finish_reason is not None:
-            self._forget(output.request_id)
-        try:
-            job.advance(output)
-        except Exception as error:
-            self._forget(output.request_id)
-            job.sender.fail(error)
-            raise  # the engine client logs it and stops the request
-
-    def _forget(self, request_id: str) -> None:
+    def forget(self, request_id: str, *, cancel: bool = False) -> None:
+        """Let go of a request that has ended, or is to be cancelled."""
         with self._jobs_lock:
             self._jobs.pop(request_id, None)
+        if cancel:
+            self._client.cancel(request_id)
 
     def _poll(self) -> None:
         pause_s = CANCELLATION_POLL_S
@@ -176,39 +181,41 @@ class _Sender:
 
 
 class _Job:
-    """A request that the engine works on: collects what is to be sent, in the way it was asked for."""
+    """A request that the engine works on, up to its final response."""
 
-    def __init__(self, sender: _Sender, options: ResponseOptions) -> None:
+    def __init__(self, model: TritonPythonModel, request_id: str, sender: _Sender, answers: Answers) -> None:
+        self._model = model
+        self._request_id = request_id
         self.sender = sender
-        self._options = options
-        self._texts = [options.prefix]
-        self._token_ids: list[int] = []
+        self._answers = answers
 
-    def advance(self, output: GenerationOutput) -> None:
-        """Send what is new, or keep it until the answer is whole."""
-        if output.finish_reason in ("error", "cancelled"):
-            self.sender.fail(output)
-            return
-        self._texts.append(output.text)
-        self._token_ids += output.token_ids
-        is_final = output.finish_reason is not None
-        if is_final or self._options.stream:
-            self.sender.send(self._response(output), is_final=is_final)
-            self._texts.clear()
-            self._token_ids.clear()
+    def deliver(self, outputs: Sequence[GenerationOutput]) -> None:
+        """Send what has come, or keep it until the answer is whole."""
+        try:
+            self._send(outputs)
+        except Exception as error:
+            logger.exception("request %s ends: its response could not be sent", self._request_id)
+            self._model.forget(self._request_id, cancel=True)
+            self.sender.fail(error)
+        else:
+            if outputs[-1].is_final:
+                self._model.forget(self._request_id)
 
-    def _response(self, output: GenerationOutput) -> Any:
-        tensors = [
-            _strings("text_output", "".join(self._texts)),
-            _numbers("output_ids", self._token_ids),
-        ]
-        if self._options.finish_reason:
-            tensors.append(_strings("finish_reason", output.finish_reason or ""))
-        if self._options.num_input_tokens:
-            tensors.append(_numbers("num_input_tokens", [output.num_prompt_tokens]))
-        if self._options.num_output_tokens:
-            tensors.append(_numbers("num_output_tokens", [output.num_generated_tokens]))
-        return pb_utils.InferenceResponse(output_tensors=tensors)
+    def _send(self, outputs: Sequence[GenerationOutput]) -> None:
+        last = outputs[-1]
+        failure = last if last.finish_reason in ("error", "cancelled") else None
+        for output in outputs[:-1] if failure else outputs:
+            self._answers.add(output)
+        responses = self._answers.take()
+        for position, arrays in enumerate(responses, start=1):
+            is_final = last.is_final and failure is None and position == len(responses)
+            self.sender.send(_response(arrays), is_final=is_final)
+        if failure is not None:
+            self.sender.fail(failure)
+
+
+def _response(arrays: Arrays) -> Any:
+    return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in arrays.items()])
 
 
 def triton_error(failure: Exception | GenerationOutput) -> Any:
@@ -219,11 +226,17 @@ def triton_error(failure: Exception | GenerationOutput) -> Any:
             code = "INVALID_ARG"
         case CapacityError() | GenerationOutput(error_kind="capacity"):
             code = "UNAVAILABLE"
+        case GenerationOutput(error_kind="timeout"):
+            code = "TIMEOUT"
         case GenerationOutput(finish_reason="cancelled"):
             code = "CANCELLED"
         case _:
             code = "INTERNAL"
-    return pb_utils.TritonError(wire.error_text(code, _message(failure)), getattr(pb_utils.TritonError, code))
+    # Triton has no code for a timeout. With this one its HTTP endpoint answers 503: later it can work.
+    status = "UNAVAILABLE" if code == "TIMEOUT" else code
+    return pb_utils.TritonError(
+        wire.error_text(code, _message(failure)), getattr(pb_utils.TritonError, status)
+    )
 
 
 def _message(failure: Exception | GenerationOutput) -> str:
@@ -232,14 +245,6 @@ def _message(failure: Exception | GenerationOutput) -> str:
     if isinstance(failure, TrtforgeError):
         return str(failure)
     return f"internal error, the server's log has more: {type(failure).__name__}: {failure}"
-
-
-def _strings(name: str, text: str) -> Any:
-    return pb_utils.Tensor(name, np.array([text.encode()], dtype=np.object_))
-
-
-def _numbers(name: str, numbers: list[int]) -> Any:
-    return pb_utils.Tensor(name, np.array(numbers, dtype=np.int32))
 
 
 def _options(model_config: dict[str, Any]) -> EngineOptions:

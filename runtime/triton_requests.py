@@ -1,14 +1,13 @@
 """What a Triton request asks for: input tensors, checked one by one, to a generation request.
 
-Every value can be given as a tensor; those of the sampling also in the JSON of `sampling_parameters`. The
-same value twice is fine, two different ones are refused.
+The sampling values among them are read by `sampling_values`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,87 +16,122 @@ from trtforge import wire
 from trtforge.errors import RequestError
 from trtforge.runtime import request_values as values
 from trtforge.runtime.request import GenerationRequest, SamplingParams
+from trtforge.runtime.sampling_values import ModelLimits, Tensors, parse_sampling
+from trtforge.runtime.word_tokens import Encoder
 
-MAX_TEMPERATURE = 100.0
-MAX_STOP_STRINGS = 32
-MAX_STOP_STRING_CHARS = 1000
-MAX_STOP_TOKEN_IDS = 256
 ROLES = ("system", "user", "assistant", "tool")
-
-Tensors = Mapping[str, npt.NDArray[Any]]
-EncodeChat = Callable[[Sequence[Mapping[str, str]]], tuple[int, ...]]
+MAX_CACHE_SALT_CHARS = 256
+MICROSECONDS = 1e-6
 
 _SPECS = {spec.name: spec for spec in wire.REQUEST_TENSORS}
 _DTYPES = {"STRING": np.object_, "INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BOOL": np.bool_}
 _PROMPTS = ("text_input", "input_ids", "messages")
-# The tensors and the key of sampling_parameters that set a field of SamplingParams.
-_SAMPLING_TENSORS = {
-    "max_tokens": "max_tokens",
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "seed": "seed",
-    "random_seed": "seed",
-    "stop_words": "stop",
-    "end_id": "stop_token_ids",
+# Response tensors that are sent when a flag asks for them.
+_FLAGS = {
+    "return_finish_reason": ("finish_reason",),
+    "return_num_input_tokens": ("num_input_tokens",),
+    "return_num_output_tokens": ("num_output_tokens",),
+    "return_num_cached_tokens": ("num_cached_tokens",),
+    "return_log_probs": ("cum_log_probs", "output_log_probs"),
+    "return_cumulative_logprob": ("cumulative_logprob",),
 }
-_SAMPLING_KEYS = (*dict.fromkeys(_SAMPLING_TENSORS.values()), "ignore_eos")
+_LOGPROBS = frozenset(("cum_log_probs", "output_log_probs", "cumulative_logprob", "logprobs"))
 
 
-@dataclass(frozen=True, slots=True)
-class ModelLimits:
-    """What bounds the values of a request to one model."""
+class RequestTokenizer(Encoder, Protocol):
+    """The part of a model's tokenizer that reading a request needs."""
 
-    vocab_size: int
-    max_model_len: int
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """Token ids of a conversation in the model's chat template; raises RequestError."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class ResponseOptions:
-    """How the answer is sent."""
+    """How the answers are sent."""
 
-    stream: bool  # in pieces as they arrive, else exactly once
+    stream: bool  # in pieces as they arrive, else all of them exactly once
+    num_answers: int
     prefix: str  # what a whole answer's text starts with
-    finish_reason: bool
-    num_input_tokens: bool
-    num_output_tokens: bool
+    outputs: frozenset[str]  # the response tensors that were asked for, beside text_output and output_ids
 
 
 def parse_request(
     request_id: str,
     tensors: Tensors,
     limits: ModelLimits,
-    encode_chat: EncodeChat,
+    tokenizer: RequestTokenizer,
     parameters: Iterable[str] = (),
+    timeout_us: int = 0,
 ) -> tuple[GenerationRequest, ResponseOptions]:
     """Read the input tensors of `wire.REQUEST_TENSORS`; strings are bytes in arrays of objects.
 
-    `encode_chat` applies the model's chat template. `parameters` are the names of the Triton request's
-    parameters, among which its HTTP endpoint puts every key that is not a tensor's. Raises RequestError,
-    naming the tensor, its value and what is allowed, for anything that is unknown, malformed, out of
-    range or contradictory.
+    `parameters` are the names of the Triton request's parameters, among which its HTTP endpoint puts every
+    key that is not a tensor's. `timeout_us` is the Triton request's own timeout, 0 without one. Raises
+    RequestError, naming the tensor, its value and what is allowed, for anything that is unknown, malformed,
+    out of range or contradictory.
     """
     for name in parameters:
         if name != "id":  # the HTTP endpoint's own
             raise _unknown(name)
     for name, array in tensors.items():
         _check_tensor(name, array)
-    sampling = _sampling(tensors, limits)
+    sampling = parse_sampling(tensors, limits, tokenizer)
+    sampling, outputs = _outputs(tensors, sampling)
     stream = _flag(tensors, "stream", default=False)
-    prompt = _prompt(tensors, limits, encode_chat)
+    prompt = _prompt(tensors, limits, tokenizer)
     # A stream never repeats its prompt.
     exclude_input = _flag(tensors, "exclude_input_in_output", default=stream)
     if stream and not exclude_input:
         raise values.refusal("exclude_input_in_output", "false with stream true", "true or left out then")
-    options = ResponseOptions(
-        stream=stream,
-        prefix=prompt if isinstance(prompt, str) and not exclude_input else "",
-        finish_reason=_flag(tensors, "return_finish_reason", default=False),
-        num_input_tokens=_flag(tensors, "return_num_input_tokens", default=False),
-        num_output_tokens=_flag(tensors, "return_num_output_tokens", default=False),
+    prefix = prompt if isinstance(prompt, str) and not exclude_input else ""
+    request = GenerationRequest(
+        request_id,
+        prompt,
+        sampling,
+        priority=int(tensors["priority"][0]) if "priority" in tensors else 0,
+        timeout_s=_timeout_s(tensors, timeout_us),
+        cache_salt=_cache_salt(tensors),
     )
-    return GenerationRequest(request_id, prompt, sampling), options
+    return request, ResponseOptions(stream, sampling.n, prefix, outputs)
+
+
+def _outputs(tensors: Tensors, sampling: SamplingParams) -> tuple[SamplingParams, frozenset[str]]:
+    """The response tensors to send, and the sampling that computes what they need and nothing else."""
+    outputs = {
+        name for flag, names in _FLAGS.items() if _flag(tensors, flag, default=False) for name in names
+    }
+    # Who says how many logprobs wants to have them.
+    if _flag(tensors, "return_logprobs", default=sampling.logprobs is not None):
+        outputs.add("logprobs")
+    if sampling.prompt_logprobs is not None:
+        outputs.add("prompt_logprobs")
+    if sampling.n > 1:
+        outputs.add("sequence_index")
+    if not outputs & _LOGPROBS:
+        sampling = replace(sampling, logprobs=None)
+    elif sampling.logprobs is None:
+        sampling = replace(sampling, logprobs=0)
+    return sampling, frozenset(outputs)
+
+
+def _timeout_s(tensors: Tensors, timeout_us: int) -> float | None:
+    """The shorter one of our own timeout and Triton's."""
+    timeouts_s = [timeout_us * MICROSECONDS] if timeout_us else []
+    if "timeout_ms" in tensors:
+        timeouts_s.append(values.integer("timeout_ms", tensors["timeout_ms"].item(), 1, 2**31 - 1) / 1000)
+    return min(timeouts_s, default=None)
+
+
+def _cache_salt(tensors: Tensors) -> str:
+    if "cache_salt" not in tensors:
+        return ""
+    salt = values.text("cache_salt", tensors["cache_salt"][0])
+    if len(salt) > MAX_CACHE_SALT_CHARS:
+        raise values.refusal(
+            "cache_salt", f"{len(salt)} characters", f"at most {MAX_CACHE_SALT_CHARS} characters"
+        )
+    return salt
 
 
 def _check_tensor(name: str, array: npt.NDArray[Any]) -> None:
@@ -122,14 +156,14 @@ def _flag(tensors: Tensors, name: str, *, default: bool) -> bool:
 # --------------------------------------------------------------------------- prompts
 
 
-def _prompt(tensors: Tensors, limits: ModelLimits, encode_chat: EncodeChat) -> str | tuple[int, ...]:
+def _prompt(tensors: Tensors, limits: ModelLimits, tokenizer: RequestTokenizer) -> str | tuple[int, ...]:
     given = [name for name in _PROMPTS if name in tensors]
     if len(given) != 1:
         raise RequestError(
             f"exactly one of {', '.join(_PROMPTS)} has to be given, not {' and '.join(given) or 'none'}"
         )
     if "messages" in tensors:
-        return encode_chat(_messages(values.text("messages", tensors["messages"][0])))
+        return tokenizer.encode_chat(_messages(values.text("messages", tensors["messages"][0])))
     if "text_input" in tensors:
         text = values.text("text_input", tensors["text_input"][0])
         if not text:
@@ -162,92 +196,8 @@ def _messages(text: str) -> list[dict[str, str]]:
     return messages
 
 
-# --------------------------------------------------------------------------- sampling
-
-
-def _sampling(tensors: Tensors, limits: ModelLimits) -> SamplingParams:
-    found: dict[str, tuple[str, Any]] = {}  # field: (where it came from, value)
-    for field, source, value in _given_values(tensors):
-        parsed = _parse(field, source, value, limits)
-        other_source, other = found.setdefault(field, (source, parsed))
-        if other != parsed:
-            raise RequestError(
-                f"{other_source} is {values.shorten(other)} but {source} is {values.shorten(parsed)}: "
-                "give only one of them, or the same value"
-            )
-    return SamplingParams(**{field: value for field, (_, value) in found.items()})
-
-
-def _given_values(tensors: Tensors) -> Iterable[tuple[str, str, Any]]:
-    """(field, where it was given, raw value), for every sampling value of the request."""
-    for name, field in _SAMPLING_TENSORS.items():
-        if name in tensors:
-            items = tensors[name].tolist()
-            yield field, name, items if _SPECS[name].dims == (-1,) else items[0]
-    if "sampling_parameters" not in tensors:
-        return
-    name = "sampling_parameters"
-    parameters = values.json_value(name, values.text(name, tensors[name][0]))
-    if not isinstance(parameters, dict):
-        raise values.refusal(name, values.shorten(parameters), "a JSON object")
-    for key, value in parameters.items():
-        if key not in _SAMPLING_KEYS:
-            raise RequestError(
-                f"sampling_parameters has the unknown key {values.shorten(key)}: allowed are "
-                + ", ".join(_SAMPLING_KEYS)
-            )
-        yield key, f"sampling_parameters.{key}", value
-
-
-def _parse(field: str, source: str, value: Any, limits: ModelLimits) -> Any:
-    match field:
-        case "max_tokens":
-            return values.integer(source, value, 1, limits.max_model_len)
-        case "temperature":
-            return values.decimal(
-                source, value, high=MAX_TEMPERATURE, allowed=f"from 0 (greedy) to {MAX_TEMPERATURE:g}"
-            )
-        case "top_k":
-            return max(0, values.integer(source, value, -1, 2**31 - 1, "; -1 and 0 switch it off"))
-        case "top_p":
-            allowed = "above 0 and at most 1"
-            return values.decimal(source, value, high=1.0, allowed=allowed, zero_allowed=False)
-        case "min_p":
-            return values.decimal(source, value, high=1.0, allowed="from 0 to 1")
-        case "seed":
-            return values.integer(source, value, 0, 2**64 - 1)
-        case "stop":
-            return _stop_strings(source, value)
-        case "stop_token_ids":
-            return _stop_token_ids(source, value, limits)
-        case _:
-            return values.boolean(source, value)
-
-
-def _stop_strings(source: str, value: object) -> tuple[str, ...]:
-    items = value if isinstance(value, list) else [value]
-    # Clients of the TensorRT-LLM convention send one empty string to say that there are none.
-    strings = tuple(text for item in items if (text := values.text(source, item)))
-    if len(strings) > MAX_STOP_STRINGS:
-        raise values.refusal(source, f"{len(strings)} strings", f"at most {MAX_STOP_STRINGS} strings")
-    longest = max(map(len, strings), default=0)
-    if longest > MAX_STOP_STRING_CHARS:
-        raise values.refusal(
-            source, f"a string of {longest} characters", f"at most {MAX_STOP_STRING_CHARS} characters"
-        )
-    return strings
-
-
-def _stop_token_ids(source: str, value: object, limits: ModelLimits) -> tuple[int, ...]:
-    items = value if isinstance(value, list) else [value]
-    if len(items) > MAX_STOP_TOKEN_IDS:
-        raise values.refusal(source, f"{len(items)} token ids", f"at most {MAX_STOP_TOKEN_IDS} token ids")
-    high = limits.vocab_size - 1
-    return _token_ids(source, [values.integer(source, item, 0, high) for item in items], limits)
-
-
 def _token_ids(source: str, token_ids: list[int], limits: ModelLimits) -> tuple[int, ...]:
-    for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
+    for token_id in (min(token_ids), max(token_ids)):
         if not 0 <= token_id < limits.vocab_size:
             raise values.refusal(
                 source, f"token id {token_id}", f"made of ids from 0 to {limits.vocab_size - 1}"

@@ -52,3 +52,9 @@ class ServerError(TrtforgeError):
     """A server did not start, stopped, or failed a request that was well formed."""
 
     exit_code = 8
+
+
+class RequestTimeoutError(TrtforgeError):
+    """A request that did not finish within its timeout, whether the server or the client measured it."""
+
+    exit_code = 9

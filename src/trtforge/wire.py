@@ -61,41 +61,73 @@ class TritonTensor:
 
 
 # Exactly one of text_input, input_ids and messages has to be given. Names follow the TensorRT-LLM
-# ensemble, the vLLM backend (sampling_parameters, return_finish_reason) and the plain token interface
+# ensemble, the vLLM backend (sampling_parameters, return_finish_reason ...) and the plain token interface
 # (input_ids). messages is a JSON list of {"role", "content"}: the server applies the chat template.
+# What each one means is written in docs/requests.md.
 REQUEST_TENSORS: tuple[TritonTensor, ...] = (
     TritonTensor("text_input", "STRING"),
     TritonTensor("input_ids", "INT32", (-1,)),
     TritonTensor("messages", "STRING"),
     TritonTensor("max_tokens", "INT32"),
+    TritonTensor("min_tokens", "INT32"),
+    TritonTensor("min_length", "INT32"),
     TritonTensor("temperature", "FP32"),
     TritonTensor("top_k", "INT32"),
     TritonTensor("top_p", "FP32"),
     TritonTensor("min_p", "FP32"),
+    TritonTensor("typical_p", "FP32"),
+    TritonTensor("repetition_penalty", "FP32"),
+    TritonTensor("presence_penalty", "FP32"),
+    TritonTensor("frequency_penalty", "FP32"),
+    TritonTensor("no_repeat_ngram_size", "INT32"),
+    TritonTensor("bad_words", "STRING", (-1,)),
+    TritonTensor("embedding_bias_words", "STRING", (-1,)),
+    TritonTensor("embedding_bias_weights", "FP32", (-1,)),
     TritonTensor("seed", "UINT64"),
     TritonTensor("random_seed", "UINT64"),
     TritonTensor("stop_words", "STRING", (-1,)),
     TritonTensor("end_id", "INT32"),
+    TritonTensor("pad_id", "INT32"),
+    TritonTensor("num_return_sequences", "INT32"),
+    TritonTensor("beam_width", "INT32"),
+    TritonTensor("length_penalty", "FP32"),
+    TritonTensor("guided_decoding_guide_type", "STRING"),
+    TritonTensor("guided_decoding_guide", "STRING"),
+    TritonTensor("sampling_parameters", "STRING"),
+    TritonTensor("priority", "INT32"),
+    TritonTensor("timeout_ms", "INT32"),
+    TritonTensor("cache_salt", "STRING"),
     TritonTensor("stream", "BOOL"),
     TritonTensor("exclude_input_in_output", "BOOL"),
     TritonTensor("return_finish_reason", "BOOL"),
     TritonTensor("return_num_input_tokens", "BOOL"),
     TritonTensor("return_num_output_tokens", "BOOL"),
-    TritonTensor("sampling_parameters", "STRING"),
+    TritonTensor("return_num_cached_tokens", "BOOL"),
+    TritonTensor("return_log_probs", "BOOL"),
+    TritonTensor("return_cumulative_logprob", "BOOL"),
+    TritonTensor("return_logprobs", "BOOL"),
 )
 
-# With stream=true text_output and output_ids hold what is new since the last response.
+# With stream=true a response holds what one of the answers got since its last response, else all answers.
 RESPONSE_TENSORS: tuple[TritonTensor, ...] = (
     TritonTensor("text_output", "STRING", (-1,)),
     TritonTensor("output_ids", "INT32", (-1,)),
+    TritonTensor("sequence_index", "INT32", (-1,)),
     TritonTensor("finish_reason", "STRING", (-1,)),
     TritonTensor("num_input_tokens", "INT32", (-1,)),
     TritonTensor("num_output_tokens", "INT32", (-1,)),
+    TritonTensor("num_cached_tokens", "INT32", (-1,)),
+    TritonTensor("cum_log_probs", "FP32", (-1,)),
+    TritonTensor("output_log_probs", "FP32", (-1, -1)),
+    TritonTensor("cumulative_logprob", "FP32", (-1,)),
+    TritonTensor("logprobs", "STRING", (-1,)),
+    TritonTensor("prompt_logprobs", "STRING", (-1,)),
 )
 
 # A gRPC stream carries the text of an error but not its code: the model writes the code in front.
 # (The header triton_grpc_error, meant for this, lets Triton 2.51 crash when other streams are busy.)
-ErrorCode = Literal["INVALID_ARG", "UNAVAILABLE", "CANCELLED", "INTERNAL"]
+# The codes are Triton's, but for TIMEOUT: the request's own timeout, for which Triton has none.
+ErrorCode = Literal["INVALID_ARG", "UNAVAILABLE", "TIMEOUT", "CANCELLED", "INTERNAL"]
 
 
 def error_text(code: ErrorCode, message: str) -> str:

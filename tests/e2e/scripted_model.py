@@ -85,7 +85,8 @@ class TritonPythonModel:
             sender.send(response, flags=FINAL if reason and end == "finish" else 0)
         if "error" in script:
             code, message = script["error"]
-            error = pb_utils.TritonError(wire.error_text(code, message), getattr(pb_utils.TritonError, code))
+            status = getattr(pb_utils.TritonError, code, pb_utils.TritonError.UNAVAILABLE)
+            error = pb_utils.TritonError(wire.error_text(code, message), status)
             sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
         elif end in ("separate", "sudden"):
             sender.send(flags=FINAL)

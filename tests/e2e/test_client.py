@@ -16,9 +16,10 @@ import psutil
 import pytest
 
 from trtforge.client.aio import AsyncClient
-from trtforge.client.streaming import Chunk, Client, SamplingOptions
+from trtforge.client.protocol import Guide
+from trtforge.client.streaming import Chunk, Client, RequestOptions, SamplingOptions
 from trtforge.client.triton_server import TritonServer
-from trtforge.errors import CapacityError, RequestError, ServerError, TrtforgeError
+from trtforge.errors import CapacityError, RequestError, RequestTimeoutError, ServerError, TrtforgeError
 
 pytestmark = pytest.mark.e2e
 
@@ -97,32 +98,71 @@ def test_chunks_come_before_the_answer_is_complete(client: Client) -> None:
 def test_every_option_arrives_in_its_tensor(client: Client) -> None:
     sampling = SamplingOptions(
         max_tokens=17,
-        temperature=0.7,
+        min_tokens=3,
+        temperature=0.75,
         top_k=40,
         top_p=0.95,
-        min_p=0.05,
+        min_p=0.0625,
+        typical_p=0.5,
+        repetition_penalty=1.25,
+        presence_penalty=-0.5,
+        frequency_penalty=0.5,
+        no_repeat_ngram_size=3,
+        bad_words=("böse", "x"),
         seed=2**64 - 1,
         stop_words=("\n\n", "Ende — 終"),
         end_id=2,
+        n=1,
+        beam_width=1,
+        length_penalty=0.5,
+        guide=Guide("regex", "[ab]+"),
         ignore_eos=True,
+        stop_token_ids=(5, 6),
+        logit_bias={7: -1.5},
+        logprobs=2,
+        prompt_logprobs=1,
     )
-    seen = json.loads(client.generate(script(echo=True), sampling=sampling).text)
+    options = RequestOptions(priority=-3, timeout_ms=60_000, cache_salt="ä")
+    seen = json.loads(client.generate(script(echo=True), sampling=sampling, options=options).text)
     del seen["text_input"]
+    assert json.loads(seen.pop("sampling_parameters")) == {
+        "ignore_eos": True,
+        "stop_token_ids": [5, 6],
+        "logit_bias": {"7": -1.5},
+        "logprobs": 2,
+        "prompt_logprobs": 1,
+    }
     assert seen == {
         "max_tokens": 17,
-        "temperature": float(np.float32(0.7)),
+        "min_tokens": 3,
+        "temperature": 0.75,
         "top_k": 40,
         "top_p": float(np.float32(0.95)),
-        "min_p": float(np.float32(0.05)),
+        "min_p": 0.0625,
+        "typical_p": 0.5,
+        "repetition_penalty": 1.25,
+        "presence_penalty": -0.5,
+        "frequency_penalty": 0.5,
+        "no_repeat_ngram_size": 3,
+        "bad_words": ["böse", "x"],
         "seed": 2**64 - 1,
         "stop_words": ["\n\n", "Ende — 終"],
         "end_id": 2,
-        "sampling_parameters": '{"ignore_eos": true}',
+        "num_return_sequences": 1,
+        "beam_width": 1,
+        "length_penalty": 0.5,
+        "guided_decoding_guide_type": "regex",
+        "guided_decoding_guide": "[ab]+",
+        "priority": -3,
+        "timeout_ms": 60_000,
+        "cache_salt": "ä",
         "stream": False,
         "exclude_input_in_output": True,
+        "return_cumulative_logprob": True,
         "return_finish_reason": True,
         "return_num_input_tokens": True,
         "return_num_output_tokens": True,
+        "return_num_cached_tokens": True,
     }
 
 
@@ -199,6 +239,7 @@ def test_a_stream_that_ends_without_finish_reason_is_an_error(
     [
         ("INVALID_ARG", RequestError),
         ("UNAVAILABLE", CapacityError),
+        ("TIMEOUT", RequestTimeoutError),
         ("INTERNAL", ServerError),
         ("NOT_FOUND", ServerError),
         ("CANCELLED", ServerError),  # must not look as if the task had been cancelled
@@ -236,6 +277,8 @@ def test_no_server_is_named_by_its_url(consume: Any) -> None:
         ({"input_ids": [2**31]}, "input_ids"),
         ({"prompt": "a", "sampling": SamplingOptions(seed=-1)}, "seed"),
         ({"prompt": "a", "sampling": SamplingOptions(max_tokens=2**31)}, "max_tokens"),
+        ({"prompt": "a", "sampling": SamplingOptions(logit_bias={1: b"x"})}, "sampling_parameters"),  # type: ignore[dict-item]
+        ({"prompt": "a", "options": RequestOptions(priority=2**31)}, "priority"),
         ({"prompt": "a", "sampling": SamplingOptions(temperature="hot")}, "temperature"),  # type: ignore[arg-type]
     ],
 )
@@ -317,7 +360,7 @@ def test_async_cancellation(scripted_server: TritonServer, client: Client) -> No
 @both_clients
 def test_timeout_cancels(scripted_server: TritonServer, client: Client, consume: Any) -> None:
     request_id = f"timeout {consume.__name__}"
-    with pytest.raises(ServerError, match="timeout"):
+    with pytest.raises(RequestTimeoutError, match="timeout"):
         consume(scripted_server.grpc_url, ENDLESS, timeout_s=0.3, request_id=request_id, received=[])
     wait_until_cancelled(client, request_id)
 

@@ -191,7 +191,7 @@ def test_stop_strings_like_a_search_of_the_whole_text(
         size = data.draw(st.integers(1, 6))
         chunk = text[len(given_text) : len(given_text) + size]
         given_text += chunk
-        out += detokenizer.push(map(ord, chunk))
+        out += detokenizer.push([ord(char) for char in chunk])
         if not detokenizer.stopped:
             # Nothing is held back that cannot become a stop string, and no more than that.
             held = given_text[len(out) :]

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from trtforge import wire
 from trtforge.errors import RequestError
-from trtforge.runtime.request import GenerationRequest, SamplingParams
-from trtforge.runtime.triton_requests import ModelLimits, ResponseOptions, parse_request
+from trtforge.runtime.request import GenerationRequest, GuidedDecoding, SamplingParams
+from trtforge.runtime.sampling_values import ModelLimits
+from trtforge.runtime.triton_requests import ResponseOptions, parse_request
 
 LIMITS = ModelLimits(vocab_size=1000, max_model_len=2048)
 DTYPES = {"STRING": np.object_, "INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BOOL": np.bool_}
@@ -21,8 +22,21 @@ TENSOR_DTYPES = {spec.name: DTYPES[spec.data_type] for spec in wire.REQUEST_TENS
 HUGE = 10**400
 
 
-def encode_chat(messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-    return tuple(len(message["role"]) for message in messages)
+class Lengths:
+    """A tokenizer: each word is its length, with 100 added after a space."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        words = text.lstrip(" ").split(" ")
+        return tuple(
+            len(word) + 100 * (i > 0 or text.startswith(" ")) + 500 * add_special_tokens
+            for i, word in enumerate(words)
+        )
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        return tuple(len(message["role"]) for message in messages)
+
+
+TOKENIZER = Lengths()
 
 
 def tensors(**values: Any) -> dict[str, npt.NDArray[Any]]:
@@ -38,7 +52,7 @@ def tensors(**values: Any) -> dict[str, npt.NDArray[Any]]:
 
 
 def parse(**values: Any) -> tuple[GenerationRequest, ResponseOptions]:
-    return parse_request("7", tensors(**values), LIMITS, encode_chat)
+    return parse_request("7", tensors(**values), LIMITS, TOKENIZER)
 
 
 def sampling(**values: Any) -> SamplingParams:
@@ -52,40 +66,70 @@ def from_json(**parameters: Any) -> SamplingParams:
 def test_defaults() -> None:
     request, options = parse(text_input="Hi")
     assert request == GenerationRequest("7", "Hi", SamplingParams(max_tokens=16, temperature=0.0))
-    assert options == ResponseOptions(
-        stream=False, prefix="Hi", finish_reason=False, num_input_tokens=False, num_output_tokens=False
-    )
+    assert options == ResponseOptions(stream=False, num_answers=1, prefix="Hi", outputs=frozenset())
 
 
 def test_all_tensors() -> None:
     request, options = parse(
         text_input="a\x00b 早",
         max_tokens=2048,
+        min_length=3,
         temperature=0.5,
         top_k=3,
         top_p=0.25,
         min_p=0.125,
+        typical_p=0.5,
+        repetition_penalty=1.5,
+        presence_penalty=-2.0,
+        frequency_penalty=2.0,
+        no_repeat_ngram_size=4,
+        bad_words=["bad", "two words"],
+        embedding_bias_words=["four", "of all"],
+        embedding_bias_weights=[1.5, -100.0],
         seed=2**64 - 1,
         stop_words=["\n\n", "早"],
         end_id=999,
+        pad_id=-5,
+        num_return_sequences=3,
+        length_penalty=-0.5,
+        guided_decoding_guide_type="regex",
+        guided_decoding_guide="[ab]+",
+        priority=-(2**31),
+        timeout_ms=1500,
+        cache_salt="tenant 7",
         stream=True,
         return_finish_reason=True,
         return_num_output_tokens=True,
+        return_log_probs=True,
     )
-    assert request.prompt == "a\x00b 早"
-    assert request.sampling == SamplingParams(
+    sampling = SamplingParams(
         max_tokens=2048,
+        min_tokens=3,
         temperature=0.5,
         top_k=3,
         top_p=0.25,
         min_p=0.125,
+        typical_p=0.5,
+        repetition_penalty=1.5,
+        presence_penalty=-2.0,
+        frequency_penalty=2.0,
+        no_repeat_ngram_size=4,
+        # Every token of a word in both of its forms.
+        logit_bias=((2, -100.0), (4, 1.5), (102, -100.0), (103, -100.0), (104, 1.5)),
+        bad_words=("bad", "two words"),
         seed=2**64 - 1,
         stop=("\n\n", "早"),
         stop_token_ids=(999,),
+        n=3,
+        length_penalty=-0.5,
+        logprobs=0,
+        guided=GuidedDecoding("regex", "[ab]+"),
     )
-    assert options == ResponseOptions(
-        stream=True, prefix="", finish_reason=True, num_input_tokens=False, num_output_tokens=True
+    assert request == GenerationRequest(
+        "7", "a\x00b 早", sampling, priority=-(2**31), timeout_s=1.5, cache_salt="tenant 7"
     )
+    outputs = {"finish_reason", "num_output_tokens", "cum_log_probs", "output_log_probs", "sequence_index"}
+    assert options == ResponseOptions(stream=True, num_answers=3, prefix="", outputs=frozenset(outputs))
 
 
 def test_json_says_the_same_as_tensors() -> None:
@@ -97,6 +141,105 @@ def test_json_says_the_same_as_tensors() -> None:
     assert from_json(stop="END", stop_token_ids=[3, 4], ignore_eos=True) == SamplingParams(
         stop=("END",), stop_token_ids=(3, 4), ignore_eos=True
     )
+
+
+def test_vllm_s_keys() -> None:
+    assert from_json(
+        n="2",
+        min_tokens="3",
+        max_tokens="9",
+        typical_p="0.5",
+        repetition_penalty=1.25,
+        presence_penalty="-0.5",
+        frequency_penalty=0.5,
+        no_repeat_ngram_size=2,
+        logit_bias={"7": "-1.5", "3": 100},
+        bad_words=["x", ""],
+        beam_width=1,
+        logprobs=5,
+        prompt_logprobs="0",
+        structured_outputs={"grammar": 'root ::= "a"'},
+    ) == SamplingParams(
+        n=2,
+        min_tokens=3,
+        max_tokens=9,
+        typical_p=0.5,
+        repetition_penalty=1.25,
+        presence_penalty=-0.5,
+        frequency_penalty=0.5,
+        no_repeat_ngram_size=2,
+        logit_bias=((3, 100.0), (7, -1.5)),
+        bad_words=("x",),
+        logprobs=5,
+        prompt_logprobs=0,
+        guided=GuidedDecoding("ebnf", 'root ::= "a"'),
+    )
+
+
+def test_biases_of_words_and_token_ids_add_up() -> None:
+    biased = sampling(
+        embedding_bias_words=["four", "five"],
+        embedding_bias_weights=[1.0, 2.0],
+        sampling_parameters='{"logit_bias": {"4": 0.5, "9": 1}}',
+    )
+    assert biased.logit_bias == ((4, 3.5), (9, 1.0), (104, 3.0))
+
+
+@pytest.mark.parametrize(
+    ("guide_type", "guide", "key", "value", "expected"),
+    [
+        ("json", "", "json_object", True, GuidedDecoding("json")),
+        ("json_schema", '{"type": "object"}', "json", {"type": "object"}, None),
+        ("json_schema", '{"type": "object"}', "json", '{"type": "object"}', None),
+        ("regex", "a|b", "regex", "a|b", GuidedDecoding("regex", "a|b")),
+        ("ebnf_grammar", "root ::= x", "grammar", "root ::= x", GuidedDecoding("ebnf", "root ::= x")),
+        ("choice", '["é", "no"]', "choice", ["é", "no"], GuidedDecoding("choice", '["é", "no"]')),
+    ],
+)
+@pytest.mark.parametrize("name", ["guided_decoding", "structured_outputs"])
+def test_guides_of_both_conventions(
+    guide_type: str, guide: str, key: str, value: object, expected: GuidedDecoding | None, name: str
+) -> None:
+    expected = expected or GuidedDecoding("json_schema", guide)
+    as_tensors = {"guided_decoding_guide_type": guide_type, "guided_decoding_guide": guide}
+    assert sampling(**as_tensors).guided == expected
+    as_json = json.dumps({name: {key: value}})
+    assert sampling(sampling_parameters=as_json).guided == expected
+    assert sampling(**as_tensors, sampling_parameters=as_json).guided == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "logprobs", "outputs"),
+    [
+        ({"return_logprobs": True}, 0, {"logprobs"}),
+        ({"sampling_parameters": '{"logprobs": 4}'}, 4, {"logprobs"}),
+        ({"sampling_parameters": '{"logprobs": 4}', "return_logprobs": False}, None, set()),
+        (
+            {"sampling_parameters": '{"logprobs": 4}', "return_cumulative_logprob": True},
+            4,
+            {"logprobs", "cumulative_logprob"},
+        ),
+        ({"return_log_probs": True}, 0, {"cum_log_probs", "output_log_probs"}),
+        ({"sampling_parameters": '{"prompt_logprobs": 1}'}, None, {"prompt_logprobs"}),
+        ({"return_num_cached_tokens": True}, None, {"num_cached_tokens"}),
+    ],
+)
+def test_logprobs_are_computed_if_they_are_sent(
+    values: dict[str, Any], logprobs: int | None, outputs: set[str]
+) -> None:
+    request, options = parse(**values)
+    assert request.sampling.logprobs == logprobs
+    assert options.outputs == outputs
+
+
+def test_the_shorter_timeout_counts() -> None:
+    def timeout_s(timeout_us: int, **values: Any) -> float | None:
+        return parse_request("7", tensors(**values), LIMITS, TOKENIZER, (), timeout_us)[0].timeout_s
+
+    assert timeout_s(0) is None
+    assert timeout_s(2_500_000) == 2.5
+    assert timeout_s(2_500_000, timeout_ms=500) == 0.5
+    assert timeout_s(250_000, timeout_ms=500) == 0.25
 
 
 def test_the_same_value_twice() -> None:
@@ -112,9 +255,10 @@ def test_the_same_value_twice() -> None:
 
 
 @pytest.mark.parametrize("empty", ["", ["", ""], []])
-def test_empty_stop_strings_stand_for_none(empty: object) -> None:
+def test_empty_strings_stand_for_none(empty: object) -> None:
     # Clients of the TensorRT-LLM convention send them always.
     assert sampling(stop_words=empty).stop == ()
+    assert sampling(bad_words=empty, embedding_bias_words=empty) == SamplingParams()
 
 
 def test_prompts() -> None:
@@ -167,6 +311,56 @@ BAD_TENSORS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"stop_words": ["ok", b"\xff"]}, ("stop_words", "UTF-8")),
     ({"stop_words": ["x"] * 33}, ("stop_words", "33", "at most 32")),
     ({"stop_words": "x" * 1001}, ("stop_words", "1001", "at most 1000")),
+    ({"min_tokens": -1}, ("min_tokens is -1", "0 to 2048")),
+    ({"min_tokens": 5, "max_tokens": 4}, ("min_tokens is 5", "at most max_tokens, 4")),
+    ({"min_length": 17}, ("min_length is 17", "at most max_tokens, 16")),
+    ({"min_tokens": 3, "min_length": 4}, ("min_tokens is 3", "min_length is 4")),
+    ({"typical_p": 0.0}, ("typical_p is 0.0", "above 0 and at most 1")),
+    ({"repetition_penalty": 0.0}, ("repetition_penalty is 0.0", "0.01 to 100")),
+    ({"repetition_penalty": np.inf}, ("repetition_penalty is inf", "0.01 to 100")),
+    ({"presence_penalty": 2.5}, ("presence_penalty is 2.5", "-2 to 2")),
+    ({"frequency_penalty": np.nan}, ("frequency_penalty is nan", "-2 to 2")),
+    ({"no_repeat_ngram_size": -1}, ("no_repeat_ngram_size is -1", "0 to 2048")),
+    ({"bad_words": ["x"] * 65}, ("bad_words", "65", "at most 64")),
+    ({"embedding_bias_words": ["a", "b"], "embedding_bias_weights": [1.0]}, ("weights is 1 numbers", "2")),
+    ({"embedding_bias_weights": [1.0]}, ("embedding_bias_weights is 1 numbers", "0")),
+    (
+        {"embedding_bias_words": "a", "embedding_bias_weights": [np.inf]},
+        ("embedding_bias_weights is inf", "-100 to 100"),
+    ),
+    ({"num_return_sequences": 0}, ("num_return_sequences is 0", "1 to 64")),
+    ({"num_return_sequences": 65}, ("num_return_sequences is 65", "1 to 64")),
+    ({"beam_width": 17}, ("beam_width is 17", "1 to 16")),
+    ({"length_penalty": -11.0}, ("length_penalty is -11.0", "-10 to 10")),
+    ({"guided_decoding_guide": "x"}, ("guided_decoding_guide_type", "json_schema, regex")),
+    ({"guided_decoding_guide_type": "xml"}, ("guided_decoding_guide_type is 'xml'", "regex")),
+    ({"guided_decoding_guide_type": "regex"}, ("guided_decoding_guide is empty", "regex")),
+    (
+        {"guided_decoding_guide_type": "json", "guided_decoding_guide": "{}"},
+        ("guided_decoding_guide is '{}'", "json_schema"),
+    ),
+    (
+        {"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": "[3]"},
+        ("guided_decoding_guide is '[3]'", "JSON schema"),
+    ),
+    (
+        {"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": "{"},
+        ("guided_decoding_guide is not valid JSON",),
+    ),
+    (
+        {"guided_decoding_guide_type": "regex", "guided_decoding_guide": "x" * 65_537},
+        ("guided_decoding_guide is 65537 bytes", "at most 65536"),
+    ),
+    (
+        {"guided_decoding_guide_type": "choice", "guided_decoding_guide": "[]"},
+        ("0 choices", "1 to 1024"),
+    ),
+    (
+        {"guided_decoding_guide_type": "choice", "guided_decoding_guide": '["a", 1]'},
+        ("a list with 1", "strings"),
+    ),
+    ({"timeout_ms": -1}, ("timeout_ms is -1", "1 to")),
+    ({"cache_salt": "x" * 257}, ("cache_salt is 257 characters", "at most 256")),
     ({"stream": True, "exclude_input_in_output": False}, ("exclude_input_in_output", "stream")),
     ({"temperature": 0.5, "sampling_parameters": '{"temperature": 0.6}'}, ("temperature is 0.5", "0.6")),
     ({"end_id": 3, "sampling_parameters": '{"stop_token_ids": [4]}'}, ("end_id is (3,)", "(4,)")),
@@ -189,23 +383,23 @@ def test_bad_tensors(values: dict[str, Any], mentioned: tuple[str, ...]) -> None
         ("stream", np.array([1], np.int32)),
         ("input_ids", np.array([[1, 2]], np.int32)),
         ("seed", np.array(5, np.uint64)),
-        ("beam_width", np.array([2], np.int32)),
+        ("best_of", np.array([2], np.int32)),
     ],
 )
 def test_wrong_types_shapes_and_names(name: str, array: npt.NDArray[Any]) -> None:
     with pytest.raises(RequestError, match=name):
-        parse_request("7", {**tensors(), name: array}, LIMITS, encode_chat)
+        parse_request("7", {**tensors(), name: array}, LIMITS, TOKENIZER)
 
 
 def test_http_keys_that_are_no_tensors() -> None:
-    assert parse_request("7", tensors(), LIMITS, encode_chat, ["id"])
+    assert parse_request("7", tensors(), LIMITS, TOKENIZER, ["id"])
     with pytest.raises(RequestError, match="'temprature' is unknown: allowed are text_input"):
-        parse_request("7", tensors(), LIMITS, encode_chat, ["id", "temprature"])
+        parse_request("7", tensors(), LIMITS, TOKENIZER, ["id", "temprature"])
 
 
 def test_no_prompt() -> None:
     with pytest.raises(RequestError, match="exactly one of text_input, input_ids, messages"):
-        parse_request("7", {}, LIMITS, encode_chat)
+        parse_request("7", {}, LIMITS, TOKENIZER)
 
 
 BAD_JSON: list[tuple[dict[str, Any], tuple[str, ...]]] = [
@@ -226,9 +420,23 @@ BAD_JSON: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"stop": ["a", 3]}, ("stop is 3", "text")),
     ({"stop": {"a": 1}}, ("stop", "text")),
     ({"stop_token_ids": [1, 1000]}, ("stop_token_ids is 1000", "0 to 999")),
-    ({"stop_token_ids": list(range(257))}, ("stop_token_ids is 257 token ids", "at most 256")),
+    ({"stop_token_ids": list(range(65))}, ("stop_token_ids is 65 token ids", "at most 64")),
     ({"ignore_eos": 1}, ("ignore_eos is 1", "true or false")),
-    ({"beam_width": 2}, ("unknown key 'beam_width'", "max_tokens, temperature")),
+    ({"stop_words": "x"}, ("unknown key 'stop_words'", "max_tokens, min_tokens", "structured_outputs")),
+    ({"best_of": 2}, ("best_of is given", "n")),
+    ({"logit_bias": [1]}, ("logit_bias", "JSON object")),
+    ({"logit_bias": {"1000": 1}}, ("logit_bias is '1000'", "0 to 999")),
+    ({"logit_bias": {"x": 1}}, ("logit_bias is 'x'", "0 to 999")),
+    ({"logit_bias": {"1": 101}}, ("logit_bias[1] is 101", "-100 to 100")),
+    ({"logit_bias": {str(i): 0 for i in range(1025)}}, ("1025 biases", "at most 1024")),
+    ({"logprobs": 21}, ("logprobs is 21", "0 to 20")),
+    ({"prompt_logprobs": -1}, ("prompt_logprobs is -1", "0 to 20")),
+    ({"guided_decoding": {}}, ("guided_decoding", "exactly one of json, json_object")),
+    ({"guided_decoding": {"regex": "a", "json": {}}}, ("guided_decoding", "exactly one of")),
+    ({"guided_decoding": "json"}, ("guided_decoding", "exactly one of")),
+    ({"guided_decoding": {"json_object": False}}, ("guided_decoding.json_object is false", "true")),
+    ({"structured_outputs": {"regex": 3}}, ("structured_outputs.regex is 3", "text")),
+    ({"structured_outputs": {"json": 3}}, ("structured_outputs.json is '3'", "JSON schema")),
 ]
 
 
@@ -237,7 +445,7 @@ def test_bad_sampling_parameters(parameters: dict[str, Any], mentioned: tuple[st
     with pytest.raises(RequestError) as error:
         from_json(**parameters)
     assert [part for part in ("sampling_parameters", *mentioned) if part not in str(error.value)] == []
-    assert len(str(error.value)) < 300
+    assert len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize(
@@ -286,7 +494,11 @@ anything = st.recursive(
     max_leaves=6,
 )
 json_keys = st.sampled_from(
-    ["max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos"]
+    [
+        *("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "stop"),
+        *("stop_token_ids", "ignore_eos", "n", "repetition_penalty", "logit_bias", "bad_words", "logprobs"),
+        *("guided_decoding", "presence_penalty", "beam_width"),
+    ]
 )
 
 
@@ -306,3 +518,8 @@ def test_any_json_is_understood_or_refused(parameters: dict[str, Any]) -> None:
     assert all(params.stop)
     assert all(0 <= token_id < LIMITS.vocab_size for token_id in params.stop_token_ids)
     assert type(params.ignore_eos) is bool
+    assert 0 <= params.min_tokens <= params.max_tokens
+    assert 1 <= params.n <= 64
+    assert 0.01 <= params.repetition_penalty + 1e-6 <= 100.1
+    assert all(0 <= i < LIMITS.vocab_size and -100 <= bias <= 100 for i, bias in params.logit_bias)
+    assert all(params.bad_words)
