@@ -12,6 +12,7 @@ import itertools
 import logging
 import secrets
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from trtforge.engine_options import EngineOptions
@@ -34,21 +35,26 @@ RESTART_DELAYS_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # the last one again a
 class EngineClient:
     """Generates with the model in `model_dir`, in an engine process of its own.
 
-    Raises ConfigError if the manifest or the
-    tokenizer cannot be read.
+    `on_step` gets the engine's statistics after each step and when it has started; it is called like
+    `on_output` of a request, and must not raise. Raises ConfigError if the manifest or the tokenizer cannot
+    be read.
     """
 
-    def __init__(self, model_dir: Path, options: EngineOptions) -> None:
+    def __init__(
+        self, model_dir: Path, options: EngineOptions, on_step: Callable[[EngineStats], None] | None = None
+    ) -> None:
         self.manifest = Manifest.load(model_dir)
         self.tokenizer = Tokenizer(model_dir / self.manifest.tokenizer)
         self._model_dir = model_dir
         self._options = options
+        self._on_step = on_step
         # Guards what follows and the sending end of the engine's socket. Never held while a caller's
         # code runs; sends under it do not wait, since the engine always empties its socket.
         self._lock = threading.Lock()
         self._engine: EngineHandle | None = None  # the current one, ready or not
         self._is_ready = False
         self._stats = EngineStats()
+        self._num_restarts = 0
         self._streams: dict[str, RequestStream] = {}  # by engine id
         # A caller may use a request id again as soon as its request has ended, when the engine can still
         # be about to answer the old one: the engine gets ids that never repeat.
@@ -80,6 +86,11 @@ class EngineClient:
     def stats(self) -> EngineStats:
         """How busy the engine was when it was last heard of."""
         return self._stats
+
+    @property
+    def num_restarts(self) -> int:
+        """How often an engine that had died was started again."""
+        return self._num_restarts
 
     def submit(self, request: GenerationRequest, on_output: OnOutput) -> None:
         """Start a request; `on_output` gets its outputs, the last of which is final.
@@ -174,9 +185,14 @@ class EngineClient:
             if self._closing.is_set():
                 raise ServerError("the engine was shut down")
             engine = self._engine = EngineHandle(self._model_dir, self._options)
-        self._stats = engine.wait_until_ready()
+        self._note_stats(engine.wait_until_ready())
         self._is_ready = True
         return engine
+
+    def _note_stats(self, stats: EngineStats) -> None:
+        self._stats = stats
+        if self._on_step is not None:
+            self._on_step(stats)
 
     # ----------------------------------------------------------------------- the reader thread
 
@@ -199,7 +215,7 @@ class EngineClient:
             except (EOFError, OSError):
                 return
             if isinstance(message, Outputs):
-                self._stats = message.stats
+                self._note_stats(message.stats)
                 for output in message.outputs:
                     self._deliver(output)
             elif isinstance(message, Refused):
@@ -262,7 +278,9 @@ class EngineClient:
             if self._closing.wait(RESTART_DELAYS_S[min(attempt, len(RESTART_DELAYS_S) - 1)]):
                 break
             try:
-                return self._start_engine()
+                engine = self._start_engine()
+                self._num_restarts += 1
+                return engine
             except TrtforgeError as error:
                 logger.error("the engine could not be restarted, attempt %d: %s", attempt + 1, error)
         return None

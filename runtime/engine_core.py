@@ -246,6 +246,7 @@ class EngineCore:
             self._launch(scheduled)
         step = self._in_flight
         if step is None:
+            self._step_stats = EngineStats()
             return outputs
         following = None
         if self._drafter is None and self._options.overlap_scheduling:

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import msgspec
+
 from trtforge.engine_options import EngineOptions
 from trtforge.errors import CapacityError, RequestError, TrtforgeError
 from trtforge.manifest import Manifest
@@ -146,7 +148,10 @@ def run(core: EngineCore, channel: EngineChannel, inbox: Inbox, grammars: Gramma
                     if grammars.finish(request.request_id):
                         _add(core, request, grammar, channel)
                     else:
-                        channel.send(Outputs([EngineOutput(request.request_id, (), "cancelled")], core.stats))
+                        stats = msgspec.structs.replace(
+                            core.stats, step_s=0.0
+                        )  # of the last step: told already
+                        channel.send(Outputs([EngineOutput(request.request_id, (), "cancelled")], stats))
                 case Cancel(request_id, index):
                     grammars.cancel(request_id)
                     core.cancel(request_id, index)

@@ -18,8 +18,11 @@ from trtforge import wire
 from trtforge.engine_options import EngineOptions
 from trtforge.errors import CapacityError, RequestError, TrtforgeError
 from trtforge.runtime.engine_client import EngineClient
+from trtforge.runtime.observer import Observer
 from trtforge.runtime.outbox import Outbox
-from trtforge.runtime.outputs import EngineStats, GenerationOutput
+from trtforge.runtime.outputs import GenerationOutput
+from trtforge.runtime.request_log import install_request_log
+from trtforge.runtime.request_record import RequestRecord
 from trtforge.runtime.sampling_values import ModelLimits
 from trtforge.runtime.triton_requests import parse_request
 from trtforge.runtime.triton_responses import Answers, Arrays
@@ -47,8 +50,11 @@ class TritonPythonModel:
             level=logging.INFO,
             format="%(asctime)s %(levelname)s triton[%(process)d] %(name)s: %(message)s",
         )
+        install_request_log()
         model_dir = Path(args["model_repository"]) / args["model_version"]
-        self._client = EngineClient(model_dir, _options(json.loads(args["model_config"])))
+        self._observer = Observer(args["model_name"])
+        options = _options(json.loads(args["model_config"]))
+        self._client = EngineClient(model_dir, options, self._observer.metrics.observe_step)
         manifest = self._client.manifest
         self._limits = ModelLimits(manifest.model.vocab_size, manifest.limits.max_model_len)
         # Clients may use the same id twice: the engine's ids are our own.
@@ -59,7 +65,6 @@ class TritonPythonModel:
         self._decode_token = functools.cache(lambda token_id: self._client.tokenizer.decode([token_id]))
         self._client.start()
         self._outbox = Outbox()
-        self._gauges = _Gauges(args["model_name"])
         self._poller = threading.Thread(target=self._poll, name="poller", daemon=True)
         self._poller.start()
 
@@ -74,10 +79,11 @@ class TritonPythonModel:
         self._client.close()
         self._outbox.close()
         self._poller.join()
+        self._observer.close()
 
     def _accept(self, request: Any) -> None:
         request_id = str(next(self._next_id))
-        logger.debug("request %s: the client calls it %r", request_id, request.request_id())
+        record = self._observer.arrival(request_id, request.request_id(), request.trace().get_context())
         sender = _Sender(request_id, request.get_response_sender())
         try:
             tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
@@ -89,16 +95,22 @@ class TritonPythonModel:
                 json.loads(request.parameters()),
                 request.timeout(),
             )
-            job = _Job(self, request_id, sender, Answers(options, self._decode_token))
+            job = _Job(self, record, sender, Answers(options, self._decode_token))
             with self._jobs_lock:
                 self._jobs[request_id] = job
             mailbox = self._outbox.mailbox(job.deliver)
-            self._client.submit(generation, mailbox.put)
+
+            def on_output(output: GenerationOutput) -> None:
+                self._observer.output(record, output)
+                mailbox.put(output)
+
+            self._client.submit(generation, on_output)
         except Exception as error:
             # Whatever is wrong with this request, the others of the batch go on.
             if not isinstance(error, (RequestError, CapacityError)):
                 logger.exception("request %s failed", request_id)
             self.forget(request_id)
+            self._observer.refusal(record, error)
             sender.fail(error)
 
     def forget(self, request_id: str, *, cancel: bool = False) -> None:
@@ -111,7 +123,11 @@ class TritonPythonModel:
     def _poll(self) -> None:
         pause_s = CANCELLATION_POLL_S
         while not self._stopping.wait(pause_s):
-            self._gauges.set(self._client.stats)
+            try:
+                self._observer.report(self._client)
+            except Exception:
+                # Who looks on must not keep cancelled requests from being noticed.
+                logger.exception("metrics, log lines or traces could not be reported")
             with self._jobs_lock:
                 jobs = list(self._jobs.items())
             start = time.monotonic()
@@ -120,29 +136,6 @@ class TritonPythonModel:
                     self._client.cancel(request_id)
             elapsed_s = time.monotonic() - start
             pause_s = max(CANCELLATION_POLL_S, CANCELLATION_PAUSE_RATIO * elapsed_s)
-
-
-class _Gauges:
-    """The engine's load among Triton's own metrics."""
-
-    def __init__(self, model_name: str) -> None:
-        # The families are kept: Triton drops the metrics of one that nothing refers to.
-        self._families = [
-            pb_utils.MetricFamily(
-                name=f"trtforge_{name}", description=description, kind=pb_utils.MetricFamily.GAUGE
-            )
-            for name, description in (
-                ("num_requests_running", "Requests that hold KV cache blocks"),
-                ("num_requests_waiting", "Requests that wait for a place or for blocks"),
-                ("kv_cache_free_blocks", "KV cache blocks that no request holds"),
-            )
-        ]
-        self._gauges = [family.Metric(labels={"model": model_name}) for family in self._families]
-
-    def set(self, stats: EngineStats) -> None:
-        values = (stats.num_running, stats.num_waiting, stats.num_free_blocks)
-        for gauge, value in zip(self._gauges, values, strict=True):
-            gauge.set(value)
 
 
 class _Sender:
@@ -183,9 +176,12 @@ class _Sender:
 class _Job:
     """A request that the engine works on, up to its final response."""
 
-    def __init__(self, model: TritonPythonModel, request_id: str, sender: _Sender, answers: Answers) -> None:
+    def __init__(
+        self, model: TritonPythonModel, record: RequestRecord, sender: _Sender, answers: Answers
+    ) -> None:
         self._model = model
-        self._request_id = request_id
+        self._record = record
+        self._request_id = record.request_id
         self.sender = sender
         self._answers = answers
 
@@ -195,6 +191,7 @@ class _Job:
             self._send(outputs)
         except Exception as error:
             logger.exception("request %s ends: its response could not be sent", self._request_id)
+            self._record.is_undeliverable = True
             self._model.forget(self._request_id, cancel=True)
             self.sender.fail(error)
         else:
