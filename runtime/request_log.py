@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from datetime import datetime, timezone
+
+import msgspec
 
 from trtforge.runtime.request_record import RequestRecord
 
@@ -44,7 +45,8 @@ def request_line(record: RequestRecord, end_s: float) -> str:
         "ttft_ms": None if record.first_token_s is None else _ms(record.first_token_s - record.arrival_s),
         "e2e_ms": _ms(e2e_s),
     }
-    return json.dumps({name: value for name, value in fields.items() if value is not None})
+    known = {name: value for name, value in fields.items() if value is not None}
+    return msgspec.json.encode(known).decode()
 
 
 def _ms(seconds: float | None) -> float | None:
