@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+import logging
+import threading
 from collections import deque
 
 from trtforge.runtime.engine_client import EngineClient
@@ -13,19 +14,35 @@ from trtforge.runtime.request_record import RequestRecord
 from trtforge.runtime.tracing import Tracer
 from trtforge.runtime.triton_metrics import TritonMetrics
 
-PUBLISH_INTERVAL_S = 0.5
+logger = logging.getLogger(__name__)
+
+REPORT_INTERVAL_S = 1.0
 
 
 class Observer:
-    """Requests are noted by the threads that handle them; `report`, which may wait for the server, a
-    collector or whoever reads the log, is called by one that may wait."""
+    """Notes what happens in the threads where it happens, and reports it from one of its own: the server,
+    a collector of traces or whoever reads the log may be slow."""
 
     def __init__(self, model_name: str) -> None:
         self.metrics = Metrics()
         self._triton_metrics = TritonMetrics(model_name, self.metrics.instruments())
         self._tracer = Tracer(model_name)
         self._ended: deque[RequestRecord] = deque()
-        self._next_publish_s = 0.0
+        self._stopping = threading.Event()
+        self._reporter: threading.Thread | None = None
+
+    def start(self, client: EngineClient) -> None:
+        """Begin to report, the load of `client`'s engine too."""
+        self._reporter = threading.Thread(target=self._run, args=(client,), name="reporter", daemon=True)
+        self._reporter.start()
+
+    def close(self) -> None:
+        """Log and trace what is left."""
+        self._stopping.set()
+        if self._reporter is not None:
+            self._reporter.join()
+        self._report_ended()
+        self._tracer.close()
 
     def arrival(self, request_id: str, client_id: str, trace_context: str | None) -> RequestRecord:
         """A request has come."""
@@ -41,21 +58,17 @@ class Observer:
         record.refuse(error)
         self._ended.append(record)
 
-    def report(self, client: EngineClient) -> None:
-        """Log and trace the requests that have ended since, and publish all metrics now and then."""
-        self._report_ended()
-        now_s = time.monotonic()
-        if now_s >= self._next_publish_s:
-            self._next_publish_s = now_s + PUBLISH_INTERVAL_S
-            self.metrics.observe_load(
-                client.stats, is_ready=client.is_alive, num_restarts=client.num_restarts
-            )
-            self._triton_metrics.publish()
-
-    def close(self) -> None:
-        """Log and trace what is left."""
-        self._report_ended()
-        self._tracer.close()
+    def _run(self, client: EngineClient) -> None:
+        while not self._stopping.wait(REPORT_INTERVAL_S):
+            try:
+                self._report_ended()
+                self.metrics.observe_load(
+                    client.stats, is_ready=client.is_alive, num_restarts=client.num_restarts
+                )
+                self._triton_metrics.publish()
+            except Exception:
+                # Perhaps the next time: nobody else would report.
+                logger.exception("metrics, log lines or traces could not be reported")
 
     def _report_ended(self) -> None:
         while self._ended:

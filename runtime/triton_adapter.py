@@ -64,6 +64,7 @@ class TritonPythonModel:
         self._stopping = threading.Event()
         self._decode_token = functools.cache(lambda token_id: self._client.tokenizer.decode([token_id]))
         self._client.start()
+        self._observer.start(self._client)
         self._outbox = Outbox()
         self._poller = threading.Thread(target=self._poll, name="poller", daemon=True)
         self._poller.start()
@@ -123,11 +124,6 @@ class TritonPythonModel:
     def _poll(self) -> None:
         pause_s = CANCELLATION_POLL_S
         while not self._stopping.wait(pause_s):
-            try:
-                self._observer.report(self._client)
-            except Exception:
-                # Who looks on must not keep cancelled requests from being noticed.
-                logger.exception("metrics, log lines or traces could not be reported")
             with self._jobs_lock:
                 jobs = list(self._jobs.items())
             start = time.monotonic()

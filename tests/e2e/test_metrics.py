@@ -25,6 +25,7 @@ from trtforge.errors import RequestError, RequestTimeoutError, ServerError
 pytestmark = pytest.mark.e2e
 
 TIMEOUT_S = 60
+PUBLISHED_AFTER_S = 1.5
 MAX_MODEL_LEN = 128 * 1024
 SECRET = "The walrus and the carpenter"
 ANY_FREE_PORTS = Ports(http=0, grpc=0, metrics=0)
@@ -76,7 +77,7 @@ def scrape_after(server: TritonServer, num_requests: float) -> Metrics:
         metrics = scrape(server)
         is_idle = metrics["num_requests_running"] + metrics["num_requests_waiting"] == 0
         if num_ended(metrics) == num_requests and is_idle and metrics["engine_ready"] == 1:
-            time.sleep(1)  # a scrape in the middle of publishing sees only a part
+            time.sleep(PUBLISHED_AFTER_S)  # a scrape in the middle of publishing sees only a part
             return scrape(server)
         time.sleep(0.1)
     raise AssertionError(f"{num_ended(metrics)} of {num_requests} requests have ended: {metrics}")
@@ -93,9 +94,9 @@ def request_lines(log_file: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def before(server: TritonServer) -> Metrics:
-    """The metrics of the idle server; those of requests that came before are published."""
-    time.sleep(1)
-    return scrape_after(server, num_ended(scrape(server)))
+    """The metrics of the idle server, when those of earlier requests are published."""
+    time.sleep(PUBLISHED_AFTER_S)
+    return scrape(server)
 
 
 def test_counts_are_exact(server: TritonServer, client: Client, before: Metrics) -> None:
@@ -226,7 +227,7 @@ def test_counters_survive_a_killed_engine(
 ) -> None:
     stream = client.stream("Hello", sampling=SamplingOptions(max_tokens=MAX_MODEL_LEN))
     next(stream)
-    time.sleep(1)
+    time.sleep(PUBLISHED_AFTER_S)
     option = f"--model-dir={repository / 'llm' / '1'}"
     (engine,) = [p for p in psutil.process_iter(["cmdline"]) if option in (p.info["cmdline"] or ())]
     engine.kill()
@@ -315,9 +316,9 @@ class Collector:
 
 def plain(value: Any) -> Any:
     kind = value.WhichOneof("value")
-    return (
-        [plain(item) for item in value.array_value.values] if kind == "array_value" else getattr(value, kind)
-    )
+    if kind == "array_value":
+        return [plain(item) for item in value.array_value.values]
+    return getattr(value, kind)
 
 
 class TracingServer(TritonServer):
@@ -360,9 +361,9 @@ def triton_input(name: str, values: list[int]) -> triton.InferInput:
     return tensor
 
 
-def ask_traced(server: TritonServer, trace_id: str, sampled: str = "01", **tensors: list[int]) -> None:
+def ask_traced(server: TritonServer, trace_id: str, **tensors: list[int]) -> None:
     done = threading.Event()
-    headers = {"traceparent": f"00-{trace_id}-b7ad6b7169203331-{sampled}"}
+    headers = {"traceparent": f"00-{trace_id}-b7ad6b7169203331-01"}
     with triton.InferenceServerClient(server.grpc_url) as stub:
         stub.start_stream(lambda result, error: done.set(), headers=headers)
         inputs = [triton_input(name, values) for name, values in tensors.items()]
