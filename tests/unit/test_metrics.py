@@ -8,9 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trtforge.engine_options import EngineOptions
 from trtforge.errors import CapacityError
+from trtforge.manifest import Limits
+from trtforge.runtime.engine_core import EngineCore
+from trtforge.runtime.fake_executor import FakeExecutor
 from trtforge.runtime.metrics import EngineSum, Histogram, Metrics
 from trtforge.runtime.outputs import EngineStats, GenerationOutput, RequestStart
+from trtforge.runtime.request import EngineRequest, SamplingParams
 from trtforge.runtime.request_log import request_line
 from trtforge.runtime.request_record import RequestRecord
 from trtforge.runtime.tracing import phases_ns
@@ -70,6 +75,22 @@ def test_a_step_is_only_counted_if_one_was_run(metrics: Metrics) -> None:
     assert by_name(metrics.step_time)["count"] == 1
     assert by_name(metrics.executor_time)["sum"] == 0.25
     assert by_name(metrics.step_tokens)["sum"] == 3
+
+
+def test_the_core_tells_of_each_step_once(metrics: Metrics) -> None:
+    limits = Limits(max_model_len=32, max_num_seqs=4, max_num_batched_tokens=32)
+    options = EngineOptions(overlap_scheduling=False)
+    core = EngineCore(FakeExecutor(11, num_blocks=8, block_size=4), limits, (), 11, options)
+    core.add_request(EngineRequest("1", (1, 2, 3), SamplingParams(max_tokens=20)))
+    for _ in range(3):
+        core.step()
+        metrics.observe_step(core.stats)
+    core.cancel("1")
+    while core.has_work():
+        core.step()  # only gives out the end of the request
+        metrics.observe_step(core.stats)
+    core.close()
+    assert by_name(metrics.step_tokens)["sum"] == 3 + 1 + 1
 
 
 def test_a_dead_engine_has_no_load(metrics: Metrics) -> None:
