@@ -142,11 +142,12 @@ class Scheduler:
         num_preemptions = self.num_preemptions
         self._preempt_for_priority(output)
         budget = self._limits.max_num_batched_tokens
-        budget -= self._schedule_decodes(output, budget)
+        prefills: list[Sequence] = []
+        budget -= self._schedule_decodes(output, budget, prefills)
         # Behind the decodes no one is preempted: prefills got all their blocks when they were admitted.
         partial: list[Sequence] = []
-        for sequence in self._running:
-            if sequence.num_computed_tokens < len(sequence.token_ids) - 1 - sequence.num_draft_tokens:
+        for sequence in prefills:
+            if sequence.status == "running":
                 budget -= self._schedule_prefill(output, sequence, budget, partial)
         # Nobody is admitted on the blocks of one who had to leave: it would be the same one at times.
         while budget > 0 and self.num_preemptions == num_preemptions:
@@ -210,11 +211,16 @@ class Scheduler:
 
     # ------------------------------------------------------------------ one step
 
-    def _schedule_decodes(self, output: SchedulerOutput, budget: int) -> int:
-        """One token of each sequence that has no more to compute, and its drafts; returns the tokens."""
+    def _schedule_decodes(self, output: SchedulerOutput, budget: int, prefills: list[Sequence]) -> int:
+        """One token of each sequence that has no more to compute, and its drafts; returns how many tokens.
+
+        The others are put into `prefills`.
+        """
         spent = 0
         prefill_floor = max(1, budget // PREFILL_SHARE)
         kv_cache = self._kv_cache
+        has_window = kv_cache.has_window
+        append = output.append
         running = self._running
         index = 0
         while index < len(running):  # preemption shortens the list, from its end
@@ -226,6 +232,7 @@ class Scheduler:
                 # Decodes in front of a prefill in order have all they want; those behind it leave it a part.
                 budget = max(spent, budget - min(num_tokens, prefill_floor))
                 prefill_floor = 0
+                prefills.append(sequence)
                 continue
             if num_known >= sequence.max_num_tokens:
                 continue  # the step in flight gives its last token
@@ -233,12 +240,14 @@ class Scheduler:
                 num_tokens = self._shorten_drafts(sequence, budget - spent)
                 if not num_tokens:
                     continue
-            kv_cache.release_behind_window(sequence)
-            if sequence.num_draft_tokens and not kv_cache.allocate_slots(sequence, num_tokens):
-                num_tokens = self._shorten_drafts(sequence, 1)  # nobody is preempted for a guess
-            if not self._make_room(sequence, num_tokens):
-                break
-            output.append(sequence, num_tokens)
+            if has_window:
+                kv_cache.release_behind_window(sequence)
+            if sequence.num_computed_tokens + num_tokens > sequence.num_safe_tokens:
+                if sequence.num_draft_tokens and not kv_cache.allocate_slots(sequence, num_tokens):
+                    num_tokens = self._shorten_drafts(sequence, 1)  # nobody is preempted for a guess
+                if not self._make_room(sequence, num_tokens):
+                    break
+            append(sequence, num_tokens)
             spent += num_tokens
         return spent
 

@@ -44,12 +44,13 @@ class StepResults:
         at the end of its tokens.
         """
         results: list[EngineOutput] = []
-        cache_full_blocks = self._kv_cache.cache_full_blocks
+        block_size = self._kv_cache.block_size
         for sequence, start, num_tokens in zip(
             scheduled.sequences, scheduled.starts, scheduled.num_scheduled_tokens, strict=True
         ):
-            if sequence.status == "running":
-                cache_full_blocks(sequence, start + num_tokens - sequence.num_draft_tokens)
+            end = start + num_tokens - sequence.num_draft_tokens
+            if end >= (sequence.num_cached_blocks + 1) * block_size and sequence.status == "running":
+                self._kv_cache.cache_full_blocks(sequence, end)
         if scheduled.wants_more_logits or any(sequence.followers for sequence in scheduled.sequences):
             new_tokens = self._sample_any(scheduled, samples, outputs, results)
         else:
