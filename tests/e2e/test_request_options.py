@@ -85,6 +85,11 @@ def test_beam_search(client: Client) -> None:
     assert best.cumulative_logprob >= greedy.cumulative_logprob - 1e-3
 
 
+def test_the_widest_beam_search(client: Client) -> None:
+    best = generate(client, beam_width=16, n=16, max_tokens=3, stop_token_ids=tuple(range(300, 316)))
+    assert len({answer.token_ids for answer in (best, *best.others)}) == 16
+
+
 # --------------------------------------------------------------------------- log-probabilities
 
 
