@@ -232,7 +232,7 @@ def triton_error(failure: Exception | GenerationOutput) -> Any:
             code = "CANCELLED"
         case _:
             code = "INTERNAL"
-    # Triton has no code for a timeout. With this one its HTTP endpoint answers 503: later it can work.
+    # Triton has no code for a timeout: to it the request could succeed later.
     status = "UNAVAILABLE" if code == "TIMEOUT" else code
     return pb_utils.TritonError(
         wire.error_text(code, _message(failure)), getattr(pb_utils.TritonError, status)
