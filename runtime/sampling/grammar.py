@@ -19,6 +19,7 @@ import tokenizers
 from trtforge.errors import RequestError
 from trtforge.runtime.executor import Float32Array
 from trtforge.runtime.request import GuidedDecoding
+from trtforge.runtime.sampling.json_schema import check_json_schema
 from trtforge.runtime.sampling.processor import History, LogitsProcessor
 from trtforge.runtime.text_stream import load_vocabulary
 
@@ -168,11 +169,13 @@ class GrammarMask(LogitsProcessor):
         """Forbids everything where the grammar has ended, and behind a draft that it refuses."""
         drafts = history.drafts
         num_accepted = self._matcher.accept(drafts)
-        if self._is_lost or num_accepted < len(drafts):
-            logits.fill(-np.inf)
-        else:
-            np.copyto(logits, -np.inf, where=~self._matcher.allowed())
-        self._matcher.rollback(num_accepted)
+        try:
+            if self._is_lost or num_accepted < len(drafts):
+                logits.fill(-np.inf)
+            else:
+                np.copyto(logits, -np.inf, where=~self._matcher.allowed())
+        finally:
+            self._matcher.rollback(num_accepted)
 
     def accept(self, token_ids: Sequence[int]) -> None:
         if self._matcher.accept(token_ids) < len(token_ids):
@@ -185,7 +188,8 @@ class GrammarMask(LogitsProcessor):
 
 
 def check_guide(guided: GuidedDecoding) -> None:
-    """Raise RequestError for a guide that is too large, missing, or not a list of choices."""
+    """Raise RequestError for a guide that is too large, missing, or no list of choices, and for a schema
+    that would not be kept."""
     if len(guided.guide) > MAX_GUIDE_CHARS:
         raise RequestError(
             f"guided {guided.kind}: the guide has {len(guided.guide)} characters; "
@@ -193,6 +197,8 @@ def check_guide(guided: GuidedDecoding) -> None:
         )
     if guided.kind == "choice":
         _choices(guided.guide)
+    elif guided.kind == "json_schema":
+        check_json_schema(guided.guide)
     elif guided.kind != "json" and not guided.guide:
         raise RequestError(f"guided {guided.kind}: the guide is empty")
 
