@@ -19,7 +19,7 @@ import tokenizers
 from trtforge.errors import RequestError
 from trtforge.runtime.executor import Float32Array
 from trtforge.runtime.request import GuidedDecoding
-from trtforge.runtime.sampling.json_schema import check_json_schema
+from trtforge.runtime.sampling.json_schema import check_json_schema, without_control_characters
 from trtforge.runtime.sampling.processor import History, LogitsProcessor
 from trtforge.runtime.text_stream import load_vocabulary
 
@@ -57,16 +57,7 @@ class GrammarCompiler:
         check_guide(guided)
         compiler = self._load()
         try:
-            if guided.kind == "json":
-                grammar = compiler.compile_builtin_json_grammar()
-            elif guided.kind == "json_schema":
-                grammar = compiler.compile_json_schema(guided.guide)
-            elif guided.kind == "regex":
-                grammar = compiler.compile_regex(guided.guide)
-            elif guided.kind == "choice":
-                grammar = compiler.compile_grammar(_choice_grammar(guided.guide))
-            else:
-                grammar = compiler.compile_grammar(guided.guide)
+            grammar = _compile(compiler, guided)
         except RuntimeError as error:
             raise RequestError(f"guided {guided.kind}: {_reason(error)}") from None
         compiled = CompiledGrammar(grammar, self._vocab_size)
@@ -185,6 +176,25 @@ class GrammarMask(LogitsProcessor):
 
     def fork(self) -> GrammarMask:
         return GrammarMask(self._matcher.fork())
+
+
+def _compile(compiler: Any, guided: GuidedDecoding) -> Any:
+    """An xgrammar.CompiledGrammar; raises RuntimeError if the library refuses the guide."""
+    import xgrammar
+
+    if guided.kind == "json":
+        return compiler.compile_builtin_json_grammar()
+    if guided.kind == "regex":
+        return compiler.compile_regex(guided.guide)
+    if guided.kind == "choice":
+        return compiler.compile_grammar(_choice_grammar(guided.guide))
+    if guided.kind == "ebnf":
+        return compiler.compile_grammar(guided.guide)
+    grammar = str(xgrammar.Grammar.from_json_schema(guided.guide))
+    corrected = without_control_characters(grammar)
+    if corrected == grammar:
+        return compiler.compile_json_schema(guided.guide)
+    return compiler.compile_grammar(corrected)
 
 
 def check_guide(guided: GuidedDecoding) -> None:

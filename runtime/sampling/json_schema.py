@@ -1,12 +1,13 @@
-"""Refuses JSON schemas that xgrammar 0.2.8 would compile without keeping all they say.
+"""What xgrammar 0.2.8 makes of JSON schemas without a word, and answers would be wrong with.
 
-It ignores the keywords below silently, which was seen with instances that violate each; an answer would be
-called valid that is not. Annotations and unknown formats say nothing about validity.
+It ignores the keywords below, and it allows characters in strings that JSON does not; both was seen with
+instances that it takes. Annotations and unknown formats say nothing about validity.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,6 +53,11 @@ _ABOUT_VALUE = _NEED_TYPE | {
     "format",
     *_EXCLUSIVE,
 }
+# In a pattern these would appear in the JSON as they are: quotes, backslashes and control characters.
+_UNESCAPED = re.compile(r'["\x00-\x1f]|\\[\\nrtfv0xuc]')
+# The rule for the characters of a string with minLength or maxLength, in the grammar of a schema.
+_BOUNDED_STRING = re.compile(r'^(\w+ ::= )\(\(\[\^\\"\\\\\\r\\n\]\)\)$', re.MULTILINE)
+_STRING_CHARACTERS = r"[^\0-\x1f\"\\]"
 _MAPS_OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 _SCHEMAS = (
     "items",
@@ -73,6 +79,11 @@ def check_json_schema(text: str) -> None:
     except (ValueError, RecursionError) as error:
         raise RequestError(f"guided json_schema: the guide is not valid JSON: {error}") from None
     _check(schema, "#", 0)
+
+
+def without_control_characters(grammar: str) -> str:
+    """xgrammar's text of a schema's grammar, without control characters in strings of bounded length."""
+    return _BOUNDED_STRING.sub(lambda match: match[1] + _STRING_CHARACTERS, grammar)
 
 
 def _check(schema: Any, path: str, depth: int) -> None:
@@ -102,6 +113,7 @@ def _problems(schema: dict[str, Any]) -> Iterator[str]:
     if isinstance(schema.get("allOf"), list) and len(schema["allOf"]) > 1:
         yield "allOf of more than one schema is not supported; merge them"
     yield from _problems_together(schema)
+    yield from _problems_of_patterns_and_names(schema)
 
 
 def _problems_together(schema: dict[str, Any]) -> Iterator[str]:
@@ -114,8 +126,19 @@ def _problems_together(schema: dict[str, Any]) -> Iterator[str]:
             yield f"{key} needs a type beside it"
     if "pattern" in schema and {"minLength", "maxLength"} & schema.keys():
         yield "minLength and maxLength beside pattern are not supported"
+
+
+def _problems_of_patterns_and_names(schema: dict[str, Any]) -> Iterator[str]:
+    patterns = [schema.get("pattern"), *_names(schema.get("patternProperties"))]
+    for pattern in patterns:
+        if isinstance(pattern, str) and _UNESCAPED.search(pattern):
+            yield f"pattern {pattern!r} has characters that JSON escapes, which is not supported"
     required, properties = schema.get("required"), schema.get("properties")
     if isinstance(required, list) and isinstance(properties, dict):
         for name in required:
             if name not in properties:
                 yield f"required property {name!r} is not among its properties"
+
+
+def _names(schemas: Any) -> list[str]:
+    return list(schemas) if isinstance(schemas, dict) else []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import re
+import subprocess
+import sys
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -235,6 +237,7 @@ def test_an_answer_ends_where_nothing_is_allowed(byte_level: Guided) -> None:
         ("json_schema", '{"allOf": [{"type": "string"}, {"type": "null"}]}', "merge them"),
         ("json_schema", '{"properties": {}, "anyOf": [{}]}', "properties beside anyOf"),
         ("json_schema", '{"properties": {"a": {}}, "required": ["b"]}', "required property 'b'"),
+        ("json_schema", '{"type": "string", "pattern": "a\\\\n"}', "characters that JSON escapes"),
         ("json_schema", '{"items":' * 70 + "{}" + "}" * 70, "nested more than 64"),
         ("json_schema", "[" * 60000, "not valid JSON"),
     ],
@@ -244,3 +247,12 @@ def test_bad_guides_are_refused_with_the_reason(
 ) -> None:
     with pytest.raises(RequestError, match=message):
         byte_level.compiler.compile(GuidedDecoding(kind, guide))  # type: ignore[arg-type]
+
+
+def test_torch_is_not_loaded_before_the_first_guided_request() -> None:
+    code = (
+        "import sys, pathlib, trtforge.runtime.engine_core, trtforge.runtime.sampling.grammar as grammar\n"
+        "grammar.GrammarCompiler(pathlib.Path('nowhere'), 100, [2])\n"
+        "sys.exit('torch' in sys.modules or 'xgrammar' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
