@@ -60,7 +60,9 @@ class Sampler:
         if argmax is not None:
             token_ids = (argmax if rows is None else argmax[np.asarray(rows, np.intp)]).tolist()
         else:
-            token_ids = _greedy(logits, states, rows)
+            token_ids = _greedy(logits, rows)
+        if not any(states):
+            return Sampled(token_ids)
         logprobs: list[TokenLogprobs | None] | None = None
         for entry, state in enumerate(states):
             if state is None or token_ids[entry] == INVALID_TOKEN:
@@ -94,9 +96,7 @@ class Sampler:
         return index if candidates is None else int(candidates[index])
 
 
-def _greedy(
-    logits: Float32Array, states: Sequence[SamplingState | None], rows: Sequence[int] | None
-) -> list[int]:
+def _greedy(logits: Float32Array, rows: Sequence[int] | None) -> list[int]:
     """The likeliest token of every entry, INVALID_TOKEN where it is not finite."""
     token_ids: npt.NDArray[np.int64] = logits.argmax(axis=1)  # the first NaN if there is one
     token_ids[~np.isfinite(logits[np.arange(len(token_ids)), token_ids])] = INVALID_TOKEN
@@ -104,6 +104,7 @@ def _greedy(
     return result
 
 
+# Until the engine core keeps states and checks against its vocabulary: the two functions it calls.
 def check_sampling_params(params: SamplingParams) -> None:
     """`params.check_sampling_params` for a vocabulary of any size."""
     params_module.check_sampling_params(params, 2**31)
