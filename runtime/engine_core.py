@@ -231,7 +231,7 @@ class EngineCore:
     # ------------------------------------------------------------------ steps
 
     def step(self) -> list[EngineOutput]:
-        """Run one step; returns at most one output an answer.
+        """Run one step; returns what it added to the answers, and those that ended since the last one.
 
         An exception from the executor's `execute` ends the requests of that step with "error" and is not
         raised; one from `move_blocks` is, since nothing is known about the cache then.

@@ -11,7 +11,7 @@ from trtforge.runtime.open_requests import OpenRequest, OpenRequests
 from trtforge.runtime.outputs import EngineOutput, TokenLogprobs
 from trtforge.runtime.request import FinishReason
 from trtforge.runtime.sampling.logprobs import prompt_logprobs
-from trtforge.runtime.sampling.sampler import INVALID_TOKEN, NO_TOKEN, Sampled, Sampler
+from trtforge.runtime.sampling.sampler import INVALID_TOKEN, Sampled, Sampler
 from trtforge.runtime.sampling.state import SamplingState
 from trtforge.runtime.scheduler import Scheduler, SchedulerOutput
 from trtforge.runtime.sequence import Sequence
@@ -202,13 +202,8 @@ class StepResults:
         num_new = 0
         reason: FinishReason | None = None
         for token_id in token_ids:
-            if token_id == NO_TOKEN:
-                reason = "stop"
+            if token_id < 0:  # INVALID_TOKEN or NO_TOKEN
                 break
-            if token_id == INVALID_TOKEN:
-                self._kv_cache.forget_prefix(sequence)  # its keys and values are hardly better
-                self._fail(sequence, _INVALID_LOGITS, results)
-                return
             known.append(token_id)
             num_new += 1
             if token_id in sequence.stop_token_ids:
@@ -217,14 +212,17 @@ class StepResults:
             if len(known) >= sequence.max_num_tokens:
                 reason = "length"
                 break
-        is_first = len(known) - num_new == sequence.num_prompt_tokens
+        is_exhausted = reason is None and num_new < len(token_ids)
+        if is_exhausted and token_ids[num_new] == INVALID_TOKEN:
+            self._kv_cache.forget_prefix(sequence)  # its keys and values are hardly better
+            self._fail(sequence, _INVALID_LOGITS, results)
+            return
         start = None
-        if is_first and sequence.order[2] == 0:
-            request = self._requests.get(sequence.request_id)
-            start = None if request is None else request.start()
+        if len(known) - num_new == sequence.num_prompt_tokens and sequence.order[2] == 0:
+            start = self._requests.start(sequence.request_id)
         if sequence.sampling_state is not None:
             sequence.sampling_state.accept(num_new)
-        if reason is not None:
+        if reason is not None or is_exhausted:
             self.finish_answer(sequence)
         wanted = None
         if logprobs is not None and sequence.sampling.logprobs is not None:
@@ -239,6 +237,8 @@ class StepResults:
                 start=start,
             )
         )
+        if is_exhausted:  # nothing is allowed any more; without a stop token, which the last one of an output that says "stop" would be
+            results.append(EngineOutput(sequence.request_id, (), "stop", sequence.order[2]))
 
     def _fail(self, sequence: Sequence, problem: str, results: list[EngineOutput]) -> None:
         request = self._requests.get(sequence.request_id)

@@ -44,7 +44,7 @@ INF = float("inf")
         ("n", 129),
         ("beam_width", 0),
         ("length_penalty", NAN),
-        ("logprobs", 21),
+        ("logprobs", 65),
         ("prompt_logprobs", -1),
         ("seed", -1),
         ("seed", 2**64),
