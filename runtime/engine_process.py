@@ -37,6 +37,7 @@ from trtforge.runtime.messages import (
     engine_end,
 )
 from trtforge.runtime.request import EngineRequest
+from trtforge.runtime.watchdog import StepWatchdog
 
 logger = logging.getLogger(__name__)
 
@@ -94,13 +95,13 @@ def _serve(model_dir: Path, options: EngineOptions, channel: EngineChannel, inbo
         return TrtforgeError.exit_code
     spec = executor.kv_cache_spec()
     channel.send(Ready(num_blocks=spec.num_blocks, block_size=spec.block_size))
-    run(core, channel, inbox)
+    run(core, channel, inbox, StepWatchdog(options.step_timeout_s))
     executor.close()
     logger.info("engine stopped")
     return 0
 
 
-def run(core: EngineCore, channel: EngineChannel, inbox: Inbox) -> None:
+def run(core: EngineCore, channel: EngineChannel, inbox: Inbox, watchdog: StepWatchdog) -> None:
     """Step while there is work, wait for messages while there is none; return on Shutdown.
 
     What escapes from a step ends the process: nothing is known about the core's state then.
@@ -114,9 +115,10 @@ def run(core: EngineCore, channel: EngineChannel, inbox: Inbox) -> None:
                 _add(core, message.request, channel)
             else:
                 core.cancel(message.request_id)
-        outputs = core.step()
-        if outputs:
-            channel.send(Outputs(outputs, core.stats))
+        with watchdog:
+            outputs = core.step()
+        # Also without outputs: the client takes an engine that is silent for too long for dead.
+        channel.send(Outputs(outputs, core.stats))
 
 
 def _add(core: EngineCore, request: EngineRequest, channel: EngineChannel) -> None:
