@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,8 +13,8 @@ from trtforge.errors import ServerError, TrtforgeError
 
 PROBE_INTERVAL_S = 2.0
 PROBE_TIMEOUT_S = 10.0
-# This many in a row are no longer a process that had to wait for the processor, or a lack of memory that
-# passes.
+# This many without an answer between them are no longer a process that had to wait for the processor, or
+# a lack of memory that passes.
 MAX_FAILURES: dict[Verdict, int] = {"dead": 2, "refused": 5}
 RESTART_DELAYS_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # the last one again and again
 # A server that ran for so long has not failed because of how it was started.
@@ -92,8 +93,7 @@ class _Patient:
         self._hang_timeout_s = policy.hang_timeout_s
         self._progress: list[str] | None = None
         self._probe_timeout_s = min(PROBE_TIMEOUT_S, policy.hang_timeout_s or PROBE_TIMEOUT_S)
-        self._last_verdict: Verdict = "alive"
-        self._num_verdicts = 0  # of this kind in a row
+        self._num_failures: Counter[Verdict] = Counter()  # since it was last known to live
         self._last_alive_s = time.monotonic()
 
     def examine(self, progress: list[str] | None) -> str:
@@ -102,16 +102,19 @@ class _Patient:
         is_working = progress is not None and progress != self._progress
         self._progress = progress
         if is_working:
-            self._last_alive_s = time.monotonic()
-            return ""
+            return self._is_alive()
         verdict, text = probe(self._server.grpc_url, self.model, self._probe_timeout_s)
-        self._num_verdicts = self._num_verdicts + 1 if verdict == self._last_verdict else 1
-        self._last_verdict = verdict
         if verdict == "alive":
-            self._last_alive_s = time.monotonic()
-        silence_s = time.monotonic() - self._last_alive_s
-        if self._num_verdicts == MAX_FAILURES.get(verdict):
+            return self._is_alive()
+        self._num_failures[verdict] += 1
+        if self._num_failures[verdict] == MAX_FAILURES.get(verdict):
             return f"model {self.model!r} is dead: {text}"
-        if verdict == "silent" and 0 < self._hang_timeout_s < silence_s:
+        silence_s = time.monotonic() - self._last_alive_s
+        if 0 < self._hang_timeout_s < silence_s:
             return f"model {self.model!r} is dead: it neither answered nor worked for {silence_s:.0f} s"
+        return ""
+
+    def _is_alive(self) -> str:
+        self._num_failures.clear()
+        self._last_alive_s = time.monotonic()
         return ""
