@@ -224,20 +224,19 @@ class StepResults:
             sequence.sampling_state.accept(num_new)
         if reason is not None or is_exhausted:
             self.finish_answer(sequence)
-        wanted = None
-        if logprobs is not None and sequence.sampling.logprobs is not None:
-            wanted = tuple(entry for entry in logprobs[:num_new] if entry is not None)
         results.append(
             EngineOutput(
                 sequence.request_id,
                 tuple(token_ids[:num_new]),
                 reason,
                 sequence.order[2],
-                logprobs=wanted,
+                logprobs=None if logprobs is None else _given(logprobs[:num_new]),
                 start=start,
             )
         )
-        if is_exhausted:  # nothing is allowed any more; without a stop token, which the last one of an output that says "stop" would be
+        if (
+            is_exhausted
+        ):  # nothing is allowed any more; "stop" with tokens would call the last one a stop token
             results.append(EngineOutput(sequence.request_id, (), "stop", sequence.order[2]))
 
     def _fail(self, sequence: Sequence, problem: str, results: list[EngineOutput]) -> None:
@@ -246,3 +245,8 @@ class StepResults:
             self.finish_all(request)
             self._requests.end(sequence.request_id)
             results.append(EngineOutput(sequence.request_id, (), "error", error=problem))
+
+
+def _given(logprobs: list[TokenLogprobs | None]) -> tuple[TokenLogprobs, ...] | None:
+    """Those of an answer that wants them; None for one in whose step others did."""
+    return tuple(entry for entry in logprobs if entry is not None) or None

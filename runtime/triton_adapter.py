@@ -68,6 +68,11 @@ class TritonPythonModel:
         for request in requests:
             self._accept(request)
 
+    def is_ready(self) -> bool:
+        """Whether requests are taken. Newer servers call it when they are asked for the model's readiness;
+        2.51 does not."""
+        return self._client.is_alive
+
     def finalize(self) -> None:
         """Stop the engine. Triton has waited for the requests in flight; what is left fails."""
         self._stopping.set()
@@ -111,7 +116,7 @@ class TritonPythonModel:
     def _poll(self) -> None:
         pause_s = CANCELLATION_POLL_S
         while not self._stopping.wait(pause_s):
-            self._gauges.set(self._client.stats)
+            self._gauges.set(self._client.stats, is_ready=self._client.is_alive)
             with self._jobs_lock:
                 jobs = list(self._jobs.items())
             start = time.monotonic()
@@ -135,12 +140,13 @@ class _Gauges:
                 ("num_requests_running", "Requests that hold KV cache blocks"),
                 ("num_requests_waiting", "Requests that wait for a place or for blocks"),
                 ("kv_cache_free_blocks", "KV cache blocks that no request holds"),
+                ("engine_ready", "1 while the engine takes requests, 0 while it is started again"),
             )
         ]
         self._gauges = [family.Metric(labels={"model": model_name}) for family in self._families]
 
-    def set(self, stats: EngineStats) -> None:
-        values = (stats.num_running, stats.num_waiting, stats.num_free_blocks)
+    def set(self, stats: EngineStats, *, is_ready: bool) -> None:
+        values = (stats.num_running, stats.num_waiting, stats.num_free_blocks, float(is_ready))
         for gauge, value in zip(self._gauges, values, strict=True):
             gauge.set(value)
 
