@@ -108,22 +108,34 @@ class ChatDriver:
             self._send(index)
 
 
-def generate_all(core: EngineCore, requests: list[Request]) -> float:
-    """Seconds until all requests, queued at once, have ended."""
-    start = time.perf_counter()
-    for index, request in enumerate(requests):
-        sampling = SamplingParams(max_tokens=request.num_answer_tokens, ignore_eos=True)
-        core.add_request(EngineRequest(str(index), request.prompt, sampling))
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What generating took. The processor's time is the fairer one where other work runs as well."""
+
+    seconds: float
+    cpu_seconds: float
+    num_steps: int
+
+
+def generate_all(core: EngineCore, executor: CountingExecutor, requests: list[Request]) -> Spent:
+    """Until all requests, queued at once, have ended."""
+    return generate_in_waves(core, executor, requests, len(requests))
+
+
+def generate_in_waves(
+    core: EngineCore, executor: CountingExecutor, requests: list[Request], batch_size: int
+) -> Spent:
+    """The same where `batch_size` requests start together, and the next ones when all have ended."""
+    start, cpu_start, steps_before = time.perf_counter(), time.process_time(), executor.num_steps
     num_tokens = 0
-    while core.has_work():
-        num_tokens += sum(len(output.token_ids) for output in core.step())
-    seconds = time.perf_counter() - start
+    for first in range(0, len(requests), batch_size):
+        for index, request in enumerate(requests[first : first + batch_size]):
+            sampling = SamplingParams(max_tokens=request.num_answer_tokens, ignore_eos=True)
+            core.add_request(EngineRequest(str(index), request.prompt, sampling))
+        while core.has_work():
+            num_tokens += sum(len(output.token_ids) for output in core.step())
     if num_tokens != sum(request.num_answer_tokens for request in requests):
         raise RuntimeError(f"{num_tokens} tokens were generated, other than asked for")
-    return seconds
-
-
-def generate_in_waves(core: EngineCore, requests: list[Request], batch_size: int) -> float:
-    """Seconds for the same where `batch_size` requests start together, and the next ones when all have ended."""
-    waves = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
-    return sum(generate_all(core, wave) for wave in waves)
+    return Spent(
+        time.perf_counter() - start, time.process_time() - cpu_start, executor.num_steps - steps_before
+    )

@@ -1,4 +1,4 @@
-"""One engine with all its parts but the model, decoding the same sequences step after step, and a stopwatch."""
+"""An engine with all parts but the model, decoding the same sequences step after step, and a stopwatch."""
 
 from __future__ import annotations
 

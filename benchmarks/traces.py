@@ -47,11 +47,12 @@ class Mix:
     max_tokens: int  # of the prompt, and of the answer
     vocab_size: int
 
-    def make(self, seed: int) -> list[Request]:
-        """The requests; the seed decides lengths and tokens."""
+    def make(self, seed: int, token_seed: int = 0) -> list[Request]:
+        """The requests; the seed decides lengths and, with `token_seed`, tokens."""
         random = np.random.default_rng(seed)
         prompts = lengths(random, self.prompt_tokens, self.num_requests, self.max_tokens)
         answers = lengths(random, self.answer_tokens, self.num_requests, self.max_tokens)
+        random = np.random.default_rng((seed, token_seed))
         return [
             Request(tuple(random.integers(3, self.vocab_size, prompt).tolist()), int(answer))
             for prompt, answer in zip(prompts, answers, strict=True)
