@@ -170,7 +170,7 @@ class Hooks:
             value = torch.nn.functional.pad(value, (0, head_dim - value_dim))
         q, k, v = query.squeeze(2), key.squeeze(2), value.squeeze(2)
         layer = len(step.layers)
-        step.layers.append(LayerCache(num_kv_heads=k.shape[1], head_dim=head_dim))
+        step.layers.append(LayerCache(num_kv_heads=k.shape[1], head_dim=head_dim, window=int(window or 0)))
         if step.kv_caches is None:
             out = torch.empty_like(q)
         else:

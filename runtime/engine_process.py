@@ -16,6 +16,8 @@ import queue
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from trtforge.runtime.engine_core import EngineCore
 from trtforge.runtime.executors import create_executor
 from trtforge.runtime.messages import (
     Add,
+    Cancel,
     Channel,
     FromEngine,
     Outputs,
@@ -36,12 +39,24 @@ from trtforge.runtime.messages import (
     ToEngine,
     engine_end,
 )
+from trtforge.runtime.outputs import EngineOutput
 from trtforge.runtime.request import EngineRequest
+from trtforge.runtime.sampling.grammar import CompiledGrammar, GrammarCompiler
 
 logger = logging.getLogger(__name__)
 
 EngineChannel = Channel[FromEngine, ToEngine]
-Inbox = queue.SimpleQueue[ToEngine]
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A request whose grammar is compiled, or why it cannot be."""
+
+    request: EngineRequest
+    grammar: CompiledGrammar | RequestError
+
+
+Inbox = queue.SimpleQueue[ToEngine | Compiled]
 
 
 def main() -> None:
@@ -84,7 +99,18 @@ def _serve(model_dir: Path, options: EngineOptions, channel: EngineChannel, inbo
     try:
         manifest = Manifest.load(model_dir)
         executor = create_executor(manifest, model_dir, options)
-        core = EngineCore(executor, manifest.limits, manifest.model.eos_token_ids, manifest.model.vocab_size)
+        model = manifest.model
+        core = EngineCore(
+            executor,
+            manifest.limits,
+            model.eos_token_ids,
+            model.vocab_size,
+            options,
+            window=manifest.kv_cache.window,
+        )
+        grammars = GrammarWorker(
+            GrammarCompiler(model_dir / manifest.tokenizer, model.vocab_size, model.eos_token_ids), inbox
+        )
     except TrtforgeError as error:
         channel.send(StartupFailed(str(error)))
         return error.exit_code
@@ -94,13 +120,13 @@ def _serve(model_dir: Path, options: EngineOptions, channel: EngineChannel, inbo
         return TrtforgeError.exit_code
     spec = executor.kv_cache_spec()
     channel.send(Ready(num_blocks=spec.num_blocks, block_size=spec.block_size))
-    run(core, channel, inbox)
+    run(core, channel, inbox, grammars)
     executor.close()
     logger.info("engine stopped")
     return 0
 
 
-def run(core: EngineCore, channel: EngineChannel, inbox: Inbox) -> None:
+def run(core: EngineCore, channel: EngineChannel, inbox: Inbox, grammars: GrammarWorker) -> None:
     """Step while there is work, wait for messages while there is none; return on Shutdown.
 
     What escapes from a step ends the process: nothing is known about the core's state then.
@@ -108,24 +134,77 @@ def run(core: EngineCore, channel: EngineChannel, inbox: Inbox) -> None:
     while True:
         while not (core.has_work() and inbox.empty()):
             message = inbox.get()
-            if isinstance(message, Shutdown):
-                return
-            if isinstance(message, Add):
-                _add(core, message.request, channel)
-            else:
-                core.cancel(message.request_id)
+            match message:
+                case Shutdown():
+                    core.close()
+                    return
+                case Add(request) if request.sampling.guided is not None:
+                    grammars.submit(request)
+                case Add(request):
+                    _add(core, request, None, channel)
+                case Compiled(request, grammar):
+                    if grammars.finish(request.request_id):
+                        _add(core, request, grammar, channel)
+                    else:
+                        channel.send(Outputs([EngineOutput(request.request_id, (), "cancelled")], core.stats))
+                case Cancel(request_id, index):
+                    grammars.cancel(request_id)
+                    core.cancel(request_id, index)
         outputs = core.step()
-        if outputs:
-            channel.send(Outputs(outputs, core.stats))
+        channel.send(Outputs(outputs, core.stats))
 
 
-def _add(core: EngineCore, request: EngineRequest, channel: EngineChannel) -> None:
+def _add(
+    core: EngineCore,
+    request: EngineRequest,
+    grammar: CompiledGrammar | RequestError | None,
+    channel: EngineChannel,
+) -> None:
     try:
-        core.add_request(request)
+        if isinstance(grammar, RequestError):
+            raise grammar
+        core.add_request(request, grammar)
     except RequestError as error:
         channel.send(Refused(request.request_id, str(error), "request"))
     except CapacityError as error:
         channel.send(Refused(request.request_id, str(error), "capacity"))
+
+
+class GrammarWorker:
+    """Compiles grammars beside the steps: a large one takes seconds, which nobody else should wait."""
+
+    def __init__(self, compiler: GrammarCompiler, inbox: Inbox) -> None:
+        self._compiler = compiler
+        self._inbox = inbox
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._compiling: dict[str, bool] = {}  # request id: whether it is still wanted
+
+    def submit(self, request: EngineRequest) -> None:
+        """Put the request into the inbox again when its grammar is compiled."""
+        self._compiling[request.request_id] = True
+        self._worker.submit(self._compile, request)
+
+    def cancel(self, request_id: str) -> None:
+        """The request is no longer wanted, should its grammar be waited for."""
+        if request_id in self._compiling:
+            self._compiling[request_id] = False
+
+    def finish(self, request_id: str) -> bool:
+        """The inbox has given it back; whether it is still wanted."""
+        return self._compiling.pop(request_id)
+
+    def _compile(self, request: EngineRequest) -> None:
+        guided = request.sampling.guided
+        if guided is None:
+            return
+        try:
+            grammar: CompiledGrammar | RequestError = self._compiler.compile(guided)
+        except RequestError as error:
+            grammar = error
+        except Exception as error:
+            logger.exception("the grammar of request %s could not be compiled", request.request_id)
+            grammar = RequestError(f"the guide cannot be used: {type(error).__name__}: {error}")
+        self._inbox.put(Compiled(request, grammar))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from trtforge.runtime.block_moves import BlockMoves
+
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
 
@@ -18,6 +20,7 @@ class KVCacheSpec:
 
     block_size: int  # tokens a block
     num_blocks: int
+    num_host_blocks: int = 0  # room in host memory for swapped blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +42,11 @@ class ModelInputs:
 
 @dataclass(frozen=True, slots=True)
 class ModelOutputs:
-    """The step's result. The array is valid until the next `execute` only: executors reuse buffers."""
+    """The step's result. The arrays are valid until the next `execute` only: executors reuse buffers."""
 
     logits: Float32Array  # [R, vocab_size]
+    # [R], of executors that have it for little more than the logits; -1 for a row with NaN or infinity
+    argmax: Int32Array | None = None
 
 
 class Executor(Protocol):
@@ -53,6 +58,13 @@ class Executor(Protocol):
 
     def kv_cache_spec(self) -> KVCacheSpec:
         """The cache as allocated; constant over the executor's life."""
+        ...
+
+    def move_blocks(self, moves: BlockMoves) -> None:
+        """Move the contents of whole blocks, in all layers, before the next step.
+
+        After an exception nothing is known about any block.
+        """
         ...
 
     def execute(self, inputs: ModelInputs) -> ModelOutputs:

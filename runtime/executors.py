@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from trtforge.engine_options import EngineOptions
 from trtforge.errors import ConfigError
 from trtforge.manifest import Manifest
 from trtforge.runtime.executor import Executor
+from trtforge.runtime.memory_budget import available_memory_bytes, plan_memory, resize
+
+logger = logging.getLogger(__name__)
 
 
 def create_executor(manifest: Manifest, model_dir: Path, options: EngineOptions) -> Executor:
     """The executor for `manifest.runtime`, with the model in `model_dir` loaded.
 
-    Raises ConfigError for a runtime that this version or this machine cannot execute. A runtime's own
-    packages are imported only if it is the one.
+    Raises ConfigError for a runtime that this version or this machine cannot execute, and for a cache that
+    cannot be had. A runtime's own packages are imported only if it is the one.
     """
+    budget = plan_memory(manifest, options, available_memory_bytes())
+    logger.info("%s", budget)
     if manifest.runtime == "openvino":
         from trtforge.runtime.openvino_executor import OpenVINOExecutor
 
-        return OpenVINOExecutor(model_dir, manifest, threads=options.threads)
+        manifest = manifest.model_copy(update={"kv_cache": resize(manifest.kv_cache, budget)})
+        return OpenVINOExecutor(
+            model_dir, manifest, threads=options.threads, num_host_blocks=budget.num_host_blocks
+        )
     if manifest.runtime == "fake":
         from trtforge.runtime.fake_executor import FakeExecutor
 
-        cache = manifest.kv_cache
-        return FakeExecutor(manifest.model.vocab_size, cache.num_blocks, cache.block_size)
+        return FakeExecutor(
+            manifest.model.vocab_size,
+            budget.num_blocks,
+            budget.block_size,
+            num_host_blocks=budget.num_host_blocks,
+            window=manifest.kv_cache.window,
+        )
     raise ConfigError(
         f"{model_dir} was built for the runtime {manifest.runtime!r}, which cannot be served yet: "
         "build it with --runtime openvino"

@@ -7,6 +7,8 @@ import time
 import numpy as np
 import numpy.typing as npt
 
+from trtforge.runtime.block_moves import BlockMoves
+from trtforge.runtime.cache_arrays import move_blocks
 from trtforge.runtime.executor import Int32Array, KVCacheSpec, ModelInputs, ModelOutputs
 
 # The possible rows of logits are windows into one table of noise; bits of a hash choose one.
@@ -23,21 +25,38 @@ class FakeExecutor:
     are refused where they contradict each other and change the logits otherwise.
     """
 
-    def __init__(self, vocab_size: int, num_blocks: int, block_size: int, step_delay_s: float = 0.0) -> None:
-        """`step_delay_s` is slept in every step."""
-        self._spec = KVCacheSpec(block_size=block_size, num_blocks=num_blocks)
+    def __init__(
+        self,
+        vocab_size: int,
+        num_blocks: int,
+        block_size: int,
+        *,
+        num_host_blocks: int = 0,
+        window: int | None = None,
+        step_delay_s: float = 0.0,
+    ) -> None:
+        """Logits depend on the last `window` tokens, or all; `step_delay_s` is slept in every step."""
+        self._spec = KVCacheSpec(block_size, num_blocks, num_host_blocks)
+        self._window = window
         self._step_delay_s = step_delay_s
         num_slots = num_blocks * block_size
         self._token_ids = np.full(num_slots, _EMPTY, dtype=np.int32)
         self._position_ids = np.full(num_slots, _EMPTY, dtype=np.int32)
+        self._host_blocks = np.full((2, num_host_blocks, block_size), _EMPTY, dtype=np.int32)
         # Two streams, so that the logits do not depend on the size of the cache.
         noise = np.random.default_rng(0).standard_normal(vocab_size + _NUM_WINDOWS - 1, dtype=np.float32)
         self._windows = np.lib.stride_tricks.sliding_window_view(noise, vocab_size)
+        self._argmaxes = np.full(_NUM_WINDOWS, _EMPTY, dtype=np.int32)  # as far as they were asked for
         self._hash_factors = np.random.default_rng(1).integers(1 << 64, size=num_slots, dtype=np.uint64)
 
     def kv_cache_spec(self) -> KVCacheSpec:
         """The cache as given to the constructor."""
         return self._spec
+
+    def move_blocks(self, moves: BlockMoves) -> None:
+        """Move tokens and positions."""
+        for array, host in zip((self._token_ids, self._position_ids), self._host_blocks, strict=True):
+            move_blocks(moves, array.reshape(-1, self._spec.block_size), host)
 
     def execute(self, inputs: ModelInputs) -> ModelOutputs:
         """Store the new tokens, hash the wanted histories.
@@ -54,10 +73,15 @@ class FakeExecutor:
         wanted = inputs.logits_indices
         hashes = self._hash_histories(inputs.block_tables[rows[wanted]], inputs.position_ids[wanted] + 1)
         windows = (hashes >> np.uint64(64 - _WINDOW_BITS)).astype(np.int64)
-        return ModelOutputs(logits=self._windows[windows])
+        return ModelOutputs(logits=self._windows[windows], argmax=self._argmax(windows))
 
     def close(self) -> None:
         """Nothing to release."""
+
+    def _argmax(self, windows: npt.NDArray[np.int64]) -> Int32Array:
+        for window in windows[self._argmaxes[windows] == _EMPTY]:
+            self._argmaxes[window] = self._windows[window].argmax()
+        return self._argmaxes[windows]
 
     def _hash_histories(self, block_tables: Int32Array, lengths: Int32Array) -> npt.NDArray[np.uint64]:
         """[R]: a hash of the first `lengths` [R] tokens that the cache holds for `block_tables` [R, *]."""
@@ -65,6 +89,8 @@ class FakeExecutor:
         block_size = self._spec.block_size
         slots = block_tables[:, positions // block_size] * block_size + positions % block_size  # [R, L]
         in_history = positions < lengths[:, None]
+        if self._window is not None:
+            in_history &= positions >= lengths[:, None] - self._window
         wrong = in_history & (self._position_ids[slots] != positions)
         if wrong.any():
             row, position = np.argwhere(wrong)[0]

@@ -18,9 +18,10 @@ class Add(msgspec.Struct, frozen=True, tag="add"):
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
-    """Stop a request; unknown and ended ones are ignored."""
+    """Stop a request, or one of its answers; unknown and ended ones are ignored."""
 
     request_id: str
+    index: int | None = None  # None: all answers
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):

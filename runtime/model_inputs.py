@@ -10,22 +10,24 @@ from trtforge.runtime.sequence import Sequence
 
 
 def build_model_inputs(output: SchedulerOutput, block_size: int) -> ModelInputs:
-    """Pack a step of at least one sequence; logits are asked for the last new token of each.
+    """Pack a step of at least one sequence.
 
-    Reads the sequences as they are before the step: their block tables have the new tokens' slots,
-    `num_computed_tokens` does not count them yet.
+    Logits are asked for the last new token of each sequence, for its drafts and the token before them, and
+    for all new prompt tokens of those that want logprobs of them; see `num_logits`.
     """
     sequences = output.sequences
     num_new = np.array(output.num_scheduled_tokens, dtype=np.int32)  # [B]
-    num_computed = np.array([sequence.num_computed_tokens for sequence in sequences], dtype=np.int32)  # [B]
+    num_computed = np.array(output.starts, dtype=np.int32)  # [B]
     cu_seqlens = np.zeros(len(sequences) + 1, dtype=np.int32)
     np.cumsum(num_new, out=cu_seqlens[1:])
 
     # Joined as bytes: a bytearray keeps the array over it writable, and nothing is converted twice.
     input_ids = bytearray().join(
         [
-            sequence.token_ids[sequence.num_computed_tokens : sequence.num_computed_tokens + num_tokens]
-            for sequence, num_tokens in zip(sequences, output.num_scheduled_tokens, strict=True)
+            sequence.token_ids[start : start + num_tokens]
+            for sequence, start, num_tokens in zip(
+                sequences, output.starts, output.num_scheduled_tokens, strict=True
+            )
         ]
     )
     num_tokens = int(cu_seqlens[-1])
@@ -42,8 +44,29 @@ def build_model_inputs(output: SchedulerOutput, block_size: int) -> ModelInputs:
         cu_seqlens=cu_seqlens,
         context_lens=num_computed + num_new,
         slot_mapping=slot_mapping,
-        logits_indices=cu_seqlens[1:] - 1,
+        logits_indices=_logits_indices(output, cu_seqlens),
     )
+
+
+def num_logits(sequence: Sequence, num_tokens: int) -> int:
+    """How many of its `num_tokens` new tokens, the last ones, a sequence wants logits of."""
+    return num_tokens if sequence.wants_prompt_logprobs else 1 + sequence.num_draft_tokens
+
+
+def _logits_indices(output: SchedulerOutput, cu_seqlens: Int32Array) -> Int32Array:
+    ends: Int32Array = cu_seqlens[1:]
+    if not output.wants_more_logits:
+        lasts: Int32Array = np.subtract(ends, 1, dtype=np.int32)
+        return lasts
+    counts = np.array(
+        [num_logits(s, n) for s, n in zip(output.sequences, output.num_scheduled_tokens, strict=True)],
+        dtype=np.int32,
+    )
+    num_rows = int(counts.sum())
+    # Row r of a sequence's count c at its end e is token e - c + r.
+    firsts = np.repeat(ends - np.cumsum(counts, dtype=np.int32), counts)
+    rows: Int32Array = np.add(firsts, np.arange(num_rows), dtype=np.int32, casting="same_kind")
+    return rows
 
 
 def _pad_block_tables(sequences: list[Sequence]) -> Int32Array:

@@ -13,6 +13,8 @@ import openvino as ov
 from trtforge import wire
 from trtforge.errors import CapacityError, ConfigError, EngineBuildError, ServerError
 from trtforge.manifest import DType, KVCacheLayout, Manifest
+from trtforge.runtime.block_moves import BlockMoves
+from trtforge.runtime.cache_arrays import move_blocks
 from trtforge.runtime.executor import Int32Array, KVCacheSpec, ModelInputs, ModelOutputs
 from trtforge.runtime.openvino_graph import BLOCK_SIZE, key_cache_input, read_graph, value_cache_input
 
@@ -34,7 +36,9 @@ class OpenVINOExecutor:
     slot_mapping can only confirm them: every new token is stored, at the slot that its block table names.
     """
 
-    def __init__(self, model_dir: Path, manifest: Manifest, *, threads: int) -> None:
+    def __init__(
+        self, model_dir: Path, manifest: Manifest, *, threads: int, num_host_blocks: int = 0
+    ) -> None:
         """Load the graph in `model_dir` and allocate its cache; `threads` 0 takes all cores allowed.
 
         Raises ConfigError for a manifest or number of threads that OpenVINO cannot serve, EngineBuildError
@@ -46,7 +50,7 @@ class OpenVINOExecutor:
         num_cores = len(os.sched_getaffinity(0))
         threads = min(threads or num_cores, num_cores)  # OpenVINO starts no more either
         self._vocab_size = manifest.model.vocab_size
-        self._spec = KVCacheSpec(block_size=BLOCK_SIZE, num_blocks=manifest.kv_cache.num_blocks)
+        self._spec = KVCacheSpec(BLOCK_SIZE, manifest.kv_cache.num_blocks, num_host_blocks)
         path = model_dir / manifest.ranks[0].onnx
         dtype = manifest.dtype
         if dtype == "bfloat16" and not has_bfloat16():
@@ -74,7 +78,10 @@ class OpenVINOExecutor:
                 f"OpenVINO {ov.__version__} cannot compile {path} for this CPU; try a build with --dtype "
                 f"float32. OpenVINO says: {error}"
             ) from error
-        _bind_cache(request, manifest.kv_cache)
+        self._caches = _bind_cache(request, manifest.kv_cache)
+        self._host_caches = [
+            np.empty((num_host_blocks, *cache.data.shape[1:]), cache.data.dtype) for cache in self._caches
+        ]
         self._request: ov.InferRequest | None = request
         self._feeds: dict[str, Int32Array] = {}
         logger.info("%s: %s, %d threads, %s", path, dtype, threads, self._spec)
@@ -82,6 +89,11 @@ class OpenVINOExecutor:
     def kv_cache_spec(self) -> KVCacheSpec:
         """The cache as the manifest has it."""
         return self._spec
+
+    def move_blocks(self, moves: BlockMoves) -> None:
+        """Move keys and values of all layers."""
+        for cache, host_cache in zip(self._caches, self._host_caches, strict=True):
+            move_blocks(moves, cache.data, host_cache)
 
     def execute(self, inputs: ModelInputs) -> ModelOutputs:
         """Run one step.
@@ -122,6 +134,7 @@ class OpenVINOExecutor:
     def close(self) -> None:
         """Release the model and its cache."""
         self._request = None
+        self._caches, self._host_caches = [], []
 
     def _check(
         self, inputs: ModelInputs, num_new: Int32Array, past_lens: Int32Array, num_blocks_used: Int32Array
@@ -166,11 +179,12 @@ def _check_manifest(manifest: Manifest) -> None:
         )
 
 
-def _bind_cache(request: ov.InferRequest, layout: KVCacheLayout) -> None:
-    """Give the request zeroed caches of the types and shapes that the plugin chose.
+def _bind_cache(request: ov.InferRequest, layout: KVCacheLayout) -> list[ov.Tensor]:
+    """Give the request zeroed caches of the types and shapes that the plugin chose; returns them.
 
     Raises CapacityError if there is no memory for them; they are written here so that this shows now.
     """
+    caches = []
     for layer in range(len(layout.layers)):
         for name in (key_cache_input(layer), value_cache_input(layer)):
             port = request.get_compiled_model().input(name)
@@ -186,6 +200,8 @@ def _bind_cache(request: ov.InferRequest, layout: KVCacheLayout) -> None:
                 ) from error
             cache.data.view(np.uint8).fill(0)
             request.set_tensor(name, cache)
+            caches.append(cache)
+    return caches
 
 
 def _require(condition: bool, problem: str) -> None:

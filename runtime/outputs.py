@@ -36,8 +36,8 @@ class EngineOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     error: str | None = None
     error_kind: ErrorKind = "server"
     logprobs: tuple[TokenLogprobs, ...] | None = None  # one a token, if asked for
-    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None  # of prompt tokens from the second on; may
-    # come in several pieces, the last one with the first token
+    # Of prompt tokens from the second on; in one or more outputs of their own before the first token.
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     start: RequestStart | None = None  # with the first token of answer 0
 
 

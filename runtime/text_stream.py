@@ -37,6 +37,10 @@ class Vocabulary(Protocol):
         """A decoder for a new sequence."""
         ...
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for within a sequence; nothing for special and unknown ones."""
+        ...
+
 
 def load_vocabulary(tokenizer: tokenizers.Tokenizer) -> Vocabulary:
     """The vocabulary of any tokenizer whose decoder treats tokens one by one or as UTF-8 bytes.
@@ -161,6 +165,11 @@ class _PieceVocabulary:
             return bytes.fromhex(token[3:5])
         except ValueError:
             return None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if self.is_skipped(token_id):
+            return b""
+        return self.byte(token_id) or self.text([token_id], first=False).encode()
 
     def text(self, token_ids: list[int], *, first: bool) -> str:
         """The text of one token or of one run of byte tokens; not stripped."""

@@ -32,6 +32,8 @@ class EngineOptions(BaseModel):
     max_queue_size: int = Field(default=4096, ge=1)  # requests waiting; more are refused
     default_timeout_s: float = Field(default=0.0, ge=0)  # of requests that name none; 0: none
     max_response_backlog: int = Field(default=4096, ge=1)  # unread ones of a request end it
+    # The next step is scheduled while the executor runs the current one; not together with speculation.
+    overlap_scheduling: bool = True
     speculative_tokens: int = Field(default=0, ge=0, le=64)  # drafted a step by prompt lookup; 0: off
     speculative_ngram: int = Field(default=3, ge=1, le=16)  # longest run of tokens looked up
     step_timeout_s: float = Field(default=300.0, ge=0)  # a step that takes longer ends the engine; 0: none

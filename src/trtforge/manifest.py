@@ -33,6 +33,7 @@ class LayerCache(_Frozen):
 
     num_kv_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0)
+    window: int = Field(default=0, ge=0)  # tokens that a token sees, itself included; 0: all before it
 
 
 class KVCacheLayout(_Frozen):
@@ -42,6 +43,12 @@ class KVCacheLayout(_Frozen):
     block_size: int = Field(gt=0)
     num_blocks: int = Field(gt=0)
     layers: tuple[LayerCache, ...] = Field(min_length=1)
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that the layer with the longest view sees; None if a layer sees all."""
+        windows = [layer.window for layer in self.layers]
+        return max(windows) if all(windows) else None
 
     @property
     def bytes_per_token(self) -> int:

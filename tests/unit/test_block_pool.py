@@ -7,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from trtforge.errors import CapacityError
 from trtforge.runtime.block_pool import BlockPool
-from trtforge.runtime.kv_cache_manager import KVCacheManager
+from trtforge.runtime.kv_cache_manager import KVCacheConfig, KVCacheManager
 from trtforge.runtime.request import EngineRequest, SamplingParams
 from trtforge.runtime.sequence import Sequence
 
@@ -39,14 +39,14 @@ def test_a_block_cannot_be_freed_twice() -> None:
     ("num_tokens", "expected"), [(1, 5), (4, 5), (5, 2), (8, 2), (9, 1), (20, 1), (21, 0)]
 )
 def test_how_many_sequences_fit(num_tokens: int, expected: int) -> None:
-    kv_cache = KVCacheManager(num_blocks=5, block_size=4)
+    kv_cache = KVCacheManager(KVCacheConfig(num_blocks=5, block_size=4))
     assert kv_cache.max_sequences(num_tokens) == expected
     sequences = [new_sequence() for _ in range(expected + 1)]
     assert [kv_cache.allocate_slots(s, num_tokens) for s in sequences] == [True] * expected + [False]
 
 
 def test_integrity_check_finds_lost_and_doubly_owned_blocks() -> None:
-    kv_cache = KVCacheManager(num_blocks=5, block_size=4)
+    kv_cache = KVCacheManager(KVCacheConfig(num_blocks=5, block_size=4))
     first, second = new_sequence("first"), new_sequence("second")
     kv_cache.allocate_slots(first, 8)
     kv_cache.allocate_slots(second, 4)
@@ -68,7 +68,7 @@ class KVCacheMachine(RuleBasedStateMachine):
     @initialize(num_blocks=st.integers(1, 12), block_size=st.integers(1, 5))
     def build(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.kv_cache = KVCacheManager(num_blocks, block_size)
+        self.kv_cache = KVCacheManager(KVCacheConfig(num_blocks, block_size))
         self.sequences: list[Sequence] = []
 
     def blocks_used(self) -> int:

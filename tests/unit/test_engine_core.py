@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from array import array
+from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,30 +11,44 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from trtforge.engine_options import EngineOptions
 from trtforge.errors import ConfigError, RequestError
 from trtforge.manifest import Limits
 from trtforge.runtime.engine_core import EngineCore
-from trtforge.runtime.executor import ModelInputs, ModelOutputs
+from trtforge.runtime.executor import Float32Array, ModelInputs, ModelOutputs
 from trtforge.runtime.fake_executor import FakeExecutor
 from trtforge.runtime.outputs import EngineOutput
 from trtforge.runtime.request import EngineRequest, FinishReason, SamplingParams
-from trtforge.runtime.sampling.sampler import sample
+from trtforge.runtime.sampling.sampler import Sampler
+from trtforge.runtime.sampling.state import SamplingState
 
 VOCAB_SIZE = 11
 EOS = (0,)
 
 
+def sample_alone(logits: Float32Array, params: SamplingParams, tokens: list[int], num_prompt: int) -> int:
+    state = SamplingState(params, array("i", tokens), num_prompt, frozenset(), None)
+    return Sampler(VOCAB_SIZE).sample(logits, [state], [len(tokens)]).token_ids[0]
+
+
 @cache
-def naive_executor(max_model_len: int) -> FakeExecutor:
-    return FakeExecutor(VOCAB_SIZE, num_blocks=1, block_size=max_model_len)
+def naive_executor(max_model_len: int, window: int | None) -> FakeExecutor:
+    return FakeExecutor(VOCAB_SIZE, num_blocks=1, block_size=max_model_len, window=window)
 
 
 @cache
 def naive_generate(
-    prompt: tuple[int, ...], params: SamplingParams, max_model_len: int
+    prompt: tuple[int, ...],
+    params: SamplingParams,
+    max_model_len: int,
+    *,
+    index: int = 0,
+    window: int | None = None,
 ) -> tuple[tuple[int, ...], FinishReason]:
-    """The request alone: the whole prompt in one step, one large block, inputs written out by hand."""
-    executor = naive_executor(max_model_len)
+    """One answer alone: the whole prompt in one step, one large block, inputs written out by hand."""
+    executor = naive_executor(max_model_len, window)
+    if params.seed is not None:
+        params = replace(params, seed=params.seed | index << 64)
     stop = set(params.stop_token_ids) | (set() if params.ignore_eos else set(EOS))
     tokens, num_computed = list(prompt), 0
     while True:
@@ -47,7 +64,7 @@ def naive_generate(
         )
         num_computed = len(tokens)
         position = len(tokens) - len(prompt)
-        tokens.append(int(sample(executor.execute(inputs).logits, [params], [position])[0]))
+        tokens.append(sample_alone(executor.execute(inputs).logits, params, tokens, len(prompt)))
         if tokens[-1] in stop:
             return tuple(tokens[len(prompt) :]), "stop"
         if position + 1 == params.max_tokens or len(tokens) == max_model_len:
@@ -57,8 +74,8 @@ def naive_generate(
 class RecordingExecutor(FakeExecutor):
     """Remembers the size of every step."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        super().__init__(VOCAB_SIZE, num_blocks, block_size)
+    def __init__(self, num_blocks: int, block_size: int, **options: Any) -> None:
+        super().__init__(VOCAB_SIZE, num_blocks, block_size, **options)
         self.num_tokens: list[int] = []
         self.num_seqs: list[int] = []
 
@@ -69,10 +86,16 @@ class RecordingExecutor(FakeExecutor):
 
 
 def new_core(
-    executor: FakeExecutor, *, max_model_len: int = 64, max_num_seqs: int = 8, budget: int = 64
+    executor: FakeExecutor,
+    options: EngineOptions | None = None,
+    *,
+    max_model_len: int = 64,
+    max_num_seqs: int = 8,
+    budget: int = 64,
+    **others: Any,
 ) -> EngineCore:
     limits = Limits(max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
-    return EngineCore(executor, limits, EOS, VOCAB_SIZE)
+    return EngineCore(executor, limits, EOS, VOCAB_SIZE, options, **others)
 
 
 def run_to_end(core: EngineCore) -> list[EngineOutput]:
@@ -85,12 +108,16 @@ def run_to_end(core: EngineCore) -> list[EngineOutput]:
     pytest.fail("the engine core does not finish")
 
 
-def tokens_of(outputs: list[EngineOutput], request_id: str) -> tuple[tuple[int, ...], FinishReason | None]:
-    """All tokens and the finish reason, which has to come with the last output and no other."""
-    mine = [output for output in outputs if output.request_id == request_id]
-    assert mine
-    assert all(output.finish_reason is None for output in mine[:-1])
-    return tuple(token for output in mine for token in output.token_ids), mine[-1].finish_reason
+def tokens_of(
+    outputs: list[EngineOutput], request_id: str, index: int = 0
+) -> tuple[tuple[int, ...], FinishReason | None]:
+    """All tokens of an answer and its finish reason, which has to come with the last output and no other."""
+    own = [o for o in outputs if o.request_id == request_id and o.index == index]
+    # A cancelled request has one last output, of answer 0, which may have ended before.
+    ends = [output.finish_reason for output in own if output.finish_reason not in (None, "cancelled")]
+    assert len(ends) <= 1
+    token_ids = tuple(token_id for output in own for token_id in output.token_ids)
+    return token_ids, own[-1].finish_reason if own else None
 
 
 def greedy(request_id: str, prompt: tuple[int, ...], max_tokens: int = 8) -> EngineRequest:
@@ -103,61 +130,103 @@ sampling_params = st.builds(
     temperature=st.sampled_from([0.0, 0.0, 0.5, 1.0]),
     top_k=st.sampled_from([0, 4]),
     top_p=st.sampled_from([1.0, 0.8]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 1.3]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, 0.7]),
     seed=st.integers(0, 5),
     stop_token_ids=st.sampled_from([(), (3,)]),
     ignore_eos=st.booleans(),
+    n=st.sampled_from([1, 1, 1, 2, 3]),
+    logprobs=st.sampled_from([None, None, 0, 2]),
+    prompt_logprobs=st.sampled_from([None, None, None, 1]),
+)
+
+engine_options = st.builds(
+    EngineOptions,
+    prefix_caching=st.booleans(),
+    scheduler_policy=st.sampled_from(["max_utilization", "max_utilization", "guaranteed_no_evict"]),
+    preemption_mode=st.sampled_from(["recompute", "swap"]),
+    overlap_scheduling=st.booleans(),
+    speculative_tokens=st.sampled_from([0, 0, 3]),
+    speculative_ngram=st.just(2),
 )
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Requests arrive, run and are cancelled at random, on caches small enough to preempt."""
+    """Requests of all kinds arrive, run and are cancelled at random, on caches small enough to preempt.
+
+    However the engine is set, each answer's tokens are those that its request gets alone.
+    """
 
     @initialize(
         block_size=st.integers(1, 5),
         max_model_len=st.integers(4, 24),
         num_spare_blocks=st.integers(0, 10),
-        max_num_seqs=st.integers(1, 6),
+        num_host_blocks=st.sampled_from([0, 4, 20]),
+        window=st.sampled_from([None, None, 2, 6]),
+        max_num_seqs=st.integers(3, 6),
         budget=st.integers(1, 12),
+        options=engine_options,
     )
     def build(
-        self, block_size: int, max_model_len: int, num_spare_blocks: int, max_num_seqs: int, budget: int
+        self,
+        block_size: int,
+        max_model_len: int,
+        num_spare_blocks: int,
+        num_host_blocks: int,
+        window: int | None,
+        max_num_seqs: int,
+        budget: int,
+        options: EngineOptions,
     ) -> None:
         self.num_blocks = -(-max_model_len // block_size) + num_spare_blocks
         self.max_model_len, self.max_num_seqs, self.budget = max_model_len, max_num_seqs, budget
-        self.executor = RecordingExecutor(self.num_blocks, block_size)
+        self.window = window
+        self.executor = RecordingExecutor(
+            self.num_blocks, block_size, num_host_blocks=num_host_blocks, window=window
+        )
         self.core = new_core(
-            self.executor, max_model_len=max_model_len, max_num_seqs=max_num_seqs, budget=budget
+            self.executor,
+            options,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            budget=budget,
+            window=window,
         )
         self.requests: dict[str, EngineRequest] = {}
         self.cancelled: set[str] = set()
         self.outputs: list[EngineOutput] = []
 
-    @rule(data=st.data(), params=sampling_params)
-    def arrive(self, data: st.DataObject, params: SamplingParams) -> None:
-        tokens = st.integers(0, VOCAB_SIZE - 1)
+    @rule(
+        data=st.data(),
+        params=sampling_params,
+        priority=st.sampled_from([0, 0, 1, -1]),
+        salt=st.sampled_from(["", "x"]),
+    )
+    def arrive(self, data: st.DataObject, params: SamplingParams, priority: int, salt: str) -> None:
+        tokens = st.one_of(st.just(1), st.integers(0, VOCAB_SIZE - 1))  # prompts that begin alike
         prompt = data.draw(st.lists(tokens, min_size=1, max_size=self.max_model_len - 1))
-        request = EngineRequest(str(len(self.requests)), tuple(prompt), params)
-        self.requests[request.request_id] = request
-        self.core.add_request(request)
+        request = EngineRequest(str(len(self.requests)), tuple(prompt), params, priority, cache_salt=salt)
+        try:
+            self.core.add_request(request)
+        except RequestError:  # answers that guaranteed_no_evict can never run together
+            assert params.n > 1
+        else:
+            self.requests[request.request_id] = request
 
     @rule(num_steps=st.integers(1, 6))
     def step(self, num_steps: int) -> None:
         for _ in range(num_steps):
-            num_executed = len(self.executor.num_tokens)
-            had_work = self.core.num_running + self.core.num_waiting > 0
             outputs = self.core.step()
             self.core.check_integrity()
             self.outputs += outputs
-            assert len({output.request_id for output in outputs}) == len(outputs)
-            assert len(self.executor.num_tokens) == num_executed + had_work, (
-                "no step is idle while work waits"
-            )
+            with_tokens = [(output.request_id, output.index) for output in outputs if output.token_ids]
+            assert len(set(with_tokens)) == len(with_tokens)
 
     @precondition(lambda self: self.requests)
     @rule(index=st.integers(0))
     def cancel(self, index: int) -> None:
         request_id = str(index % len(self.requests))
-        if not any(o.request_id == request_id and o.finish_reason for o in self.outputs):
+        if request_id in self.core.open_request_ids:
             self.cancelled.add(request_id)
         self.core.cancel(request_id)
 
@@ -171,19 +240,41 @@ class EngineMachine(RuleBasedStateMachine):
         if not hasattr(self, "core"):
             return
         self.outputs += run_to_end(self.core)
+        self.core.close()
         assert self.core.num_free_blocks == self.num_blocks
         for request_id, request in self.requests.items():
-            expected = naive_generate(request.prompt_token_ids, request.sampling, self.max_model_len)
-            token_ids, finish_reason = tokens_of(self.outputs, request_id)
-            if request_id in self.cancelled:
-                assert finish_reason == "cancelled"
-                assert token_ids == expected[0][: len(token_ids)]
-            else:
-                assert (token_ids, finish_reason) == expected
+            reasons = [o.finish_reason for o in self.outputs if o.request_id == request_id]
+            for index in range(request.sampling.n):
+                expected = naive_generate(
+                    request.prompt_token_ids,
+                    request.sampling,
+                    self.max_model_len,
+                    index=index,
+                    window=self.window,
+                )
+                token_ids, finish_reason = tokens_of(self.outputs, request_id, index)
+                if request_id in self.cancelled:
+                    assert "cancelled" in reasons
+                    assert token_ids == expected[0][: len(token_ids)]
+                else:
+                    assert (token_ids, finish_reason) == expected
+                self.check_logprobs(request, index, token_ids)
+
+    def check_logprobs(self, request: EngineRequest, index: int, token_ids: tuple[int, ...]) -> None:
+        """One entry a token, of this token; of the prompt all but the first."""
+        own = [o for o in self.outputs if o.request_id == request.request_id and o.index == index]
+        found = [entry.token_id for output in own for entry in output.logprobs or ()]
+        assert found == ([] if request.sampling.logprobs is None else list(token_ids))
+        prompt = [entry.token_id for output in own for entry in output.prompt_logprobs or ()]
+        wanted = list(request.prompt_token_ids[1:])
+        if request.sampling.prompt_logprobs is None or index:
+            assert not prompt
+        elif token_ids:
+            assert prompt == wanted
 
 
 TestEngineCore = EngineMachine.TestCase
-TestEngineCore.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestEngineCore.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 
 
 def test_preemption_recomputes_and_changes_nothing() -> None:
@@ -281,9 +372,10 @@ class PoisoningExecutor(FakeExecutor):
     """Gives NaN to sequences whose context has a certain length."""
 
     def execute(self, inputs: ModelInputs) -> ModelOutputs:
-        logits = super().execute(inputs).logits
-        logits[inputs.context_lens == 7, 5] = np.nan
-        return ModelOutputs(logits)
+        outputs = super().execute(inputs)
+        poisoned = inputs.context_lens == 7
+        outputs.logits[poisoned, 5] = np.nan
+        return ModelOutputs(outputs.logits, np.where(poisoned, -1, outputs.argmax).astype(np.int32))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

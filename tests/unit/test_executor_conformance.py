@@ -12,12 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from trtforge.runtime.block_moves import BlockMoves
 from trtforge.runtime.executor import Executor, Float32Array, KVCacheSpec
 from trtforge.runtime.fake_executor import FakeExecutor
 from trtforge.runtime.openvino_executor import OpenVINOExecutor
 
 VOCAB_SIZE = 128
-SPEC = KVCacheSpec(block_size=32, num_blocks=24)
+SPEC = KVCacheSpec(block_size=32, num_blocks=24, num_host_blocks=4)
 
 Drive = Callable[..., Any]  # see the fixture of this name
 
@@ -26,9 +27,9 @@ Drive = Callable[..., Any]  # see the fixture of this name
 def make_executor(request: pytest.FixtureRequest) -> Callable[[], Executor]:
     """Makes executors of one kind whose logits are the same function of a sequence's tokens."""
     if request.param == "fake":
-        return lambda: FakeExecutor(VOCAB_SIZE, SPEC.num_blocks, SPEC.block_size)
+        return lambda: FakeExecutor(VOCAB_SIZE, SPEC.num_blocks, SPEC.block_size, num_host_blocks=4)
     folder, manifest = request.getfixturevalue("export_tiny_llama")("float32")
-    return lambda: OpenVINOExecutor(folder, manifest, threads=2)
+    return lambda: OpenVINOExecutor(folder, manifest, threads=2, num_host_blocks=4)
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +178,23 @@ def test_logits_stay_until_the_next_step(executor: Executor, drive: Drive) -> No
     gc.collect()  # the outputs object and the inputs are gone
     driver.inputs({"b": tokens(16, 200)})
     np.testing.assert_array_equal(logits, copy)
+
+
+def test_moved_blocks_keep_their_contents(executor: Executor, drive: Drive) -> None:
+    """The same blocks under other numbers give the same logits; those left behind may be written to."""
+    text = tokens(19, 80)
+    expected = drive(executor).run([{"a": text}])["a"][70:]
+    original = drive(executor, [3, 4, 5])
+    original.step({"a": text[:70]})
+    executor.move_blocks(BlockMoves(swap_out=[(4, 2), (5, 0)], copies=[(3, 9)]))
+    overwriting = drive(executor, [3, 4, 5])
+    overwriting.step({"b": tokens(20, 96)})
+    executor.move_blocks(BlockMoves(swap_in=[(2, 11), (0, 10)]))
+    moved = original.inputs({"a": text[70:]})
+    renumbered = np.array([[9, 11, 10]], np.int32)
+    slots = renumbered[0, moved.position_ids // 32] * 32 + moved.position_ids % 32
+    moved = dataclasses.replace(moved, block_tables=renumbered, slot_mapping=slots.astype(np.int32))
+    assert_same(executor.execute(moved).logits, expected)
 
 
 def test_cache_spec_is_what_was_asked_for(executor: Executor, drive: Drive) -> None:

@@ -30,10 +30,10 @@ def schedule(lengths: list[Lengths], block_size: int, seed: int = 0) -> Schedule
         num_tokens = num_computed + num_new + num_later
         tokens = rng.integers(VOCAB_SIZE, size=num_tokens).tolist()
         sequence = Sequence.from_request(EngineRequest("a", tuple(tokens), SamplingParams()), (), 1000)
-        sequence.num_computed_tokens = num_computed
         sequence.block_table = array("i", [blocks.pop() for _ in range(-(-num_tokens // block_size))])
         sequences.append(sequence)
-    return SchedulerOutput(sequences, [num_new for _, num_new, _ in lengths])
+    starts = [num_computed for num_computed, _, _ in lengths]
+    return SchedulerOutput(sequences, starts, [num_new for _, num_new, _ in lengths])
 
 
 def naive_inputs(output: SchedulerOutput, block_size: int) -> dict[str, list]:
@@ -41,8 +41,10 @@ def naive_inputs(output: SchedulerOutput, block_size: int) -> dict[str, list]:
     inputs: dict[str, list] = {name: [] for name in ModelInputs.__slots__}
     inputs["cu_seqlens"].append(0)
     width = max(len(sequence.block_table) for sequence in output.sequences)
-    for sequence, num_new in zip(output.sequences, output.num_scheduled_tokens, strict=True):
-        for position in range(sequence.num_computed_tokens, sequence.num_computed_tokens + num_new):
+    for sequence, start, num_new in zip(
+        output.sequences, output.starts, output.num_scheduled_tokens, strict=True
+    ):
+        for position in range(start, start + num_new):
             inputs["input_ids"].append(sequence.token_ids[position])
             inputs["position_ids"].append(position)
             block = sequence.block_table[position // block_size]
@@ -50,9 +52,12 @@ def naive_inputs(output: SchedulerOutput, block_size: int) -> dict[str, list]:
         inputs["block_tables"].append(
             [*sequence.block_table] + [0] * (width - len(sequence.block_table)),
         )
-        inputs["context_lens"].append(sequence.num_computed_tokens + num_new)
+        inputs["context_lens"].append(start + num_new)
         inputs["cu_seqlens"].append(len(inputs["input_ids"]))
-        inputs["logits_indices"].append(len(inputs["input_ids"]) - 1)
+        end = len(inputs["input_ids"])
+        wants_all = sequence.sampling.prompt_logprobs is not None
+        num_rows = num_new if wants_all else 1 + sequence.num_draft_tokens
+        inputs["logits_indices"] += range(end - num_rows, end)
     return inputs
 
 
@@ -72,6 +77,15 @@ def test_arrays_equal_the_token_by_token_definition(lengths: list[Lengths], bloc
         assert array_.tolist() == expected, name
 
 
+def test_logits_of_drafts_and_prompts_are_asked_for_too() -> None:
+    output = schedule([(5, 1, 0), (0, 6, 4), (9, 4, 0), (2, 2, 1)], 4)
+    prompt, drafting = output.sequences[1:3]
+    prompt.sampling = SamplingParams(prompt_logprobs=1)
+    drafting.num_draft_tokens = 3
+    output.wants_more_logits = True
+    assert build_model_inputs(output, 4).logits_indices.tolist() == naive_inputs(output, 4)["logits_indices"]
+
+
 # The fake executor has to notice each kind of wrong input, or tests that trust it prove little.
 
 BLOCK_SIZE = 4
@@ -81,12 +95,8 @@ def prefilled() -> tuple[FakeExecutor, ModelInputs]:
     """An executor that holds three histories, and the inputs of the next step over them."""
     output = schedule([(5, 1, 0), (9, 3, 0), (2, 2, 1)], BLOCK_SIZE)
     executor = FakeExecutor(VOCAB_SIZE, num_blocks=16, block_size=BLOCK_SIZE)
-    num_computed = [sequence.num_computed_tokens for sequence in output.sequences]
-    for sequence in output.sequences:
-        sequence.num_computed_tokens = 0
-    executor.execute(build_model_inputs(SchedulerOutput(output.sequences, num_computed), BLOCK_SIZE))
-    for sequence, num_tokens in zip(output.sequences, num_computed, strict=True):
-        sequence.num_computed_tokens = num_tokens
+    before = SchedulerOutput(output.sequences, [0] * len(output.starts), output.starts)
+    executor.execute(build_model_inputs(before, BLOCK_SIZE))
     return executor, build_model_inputs(output, BLOCK_SIZE)
 
 
@@ -164,9 +174,10 @@ def test_fake_executor_gives_the_same_logits_however_the_prompt_is_cut() -> None
         sequence = Sequence.from_request(EngineRequest("a", tokens, SamplingParams()), (), 1000)
         sequence.block_table = array("i", [3, 0, 5, 1])
         executor = FakeExecutor(VOCAB_SIZE, num_blocks=6, block_size=BLOCK_SIZE)
+        start = 0
         for num_tokens in chunks:
-            inputs = build_model_inputs(SchedulerOutput([sequence], [num_tokens]), BLOCK_SIZE)
+            inputs = build_model_inputs(SchedulerOutput([sequence], [start], [num_tokens]), BLOCK_SIZE)
             row = executor.execute(inputs).logits[0]
-            sequence.advance(num_tokens)
+            start += num_tokens
         rows.append(row)
     assert all(np.array_equal(row, rows[0]) for row in rows)

@@ -1,0 +1,100 @@
+"""How much memory the paged cache gets on the machine that serves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trtforge.engine_options import EngineOptions
+from trtforge.errors import ConfigError
+from trtforge.manifest import KVCacheLayout, Manifest
+
+# slot_mapping holds block * block_size + offset as int32.
+_MAX_SLOTS = 2**31 - 1
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBudget:
+    """Sizes in bytes, but for the numbers of blocks."""
+
+    weights_bytes: int
+    block_bytes: int
+    block_size: int  # tokens
+    num_blocks: int
+    num_host_blocks: int
+    available_bytes: int  # before anything was allocated
+
+    def __str__(self) -> str:
+        rows = (
+            ("free memory", self.available_bytes, ""),
+            ("weights", self.weights_bytes, ""),
+            (
+                "KV cache",
+                self.num_blocks * self.block_bytes,
+                f"{self.num_blocks:,} blocks of {self.block_size} tokens",
+            ),
+            ("swap space", self.num_host_blocks * self.block_bytes, f"{self.num_host_blocks:,} blocks"),
+        )
+        return "memory budget:" + "".join(
+            f"\n  {name:<12}{size / 2**20:>12,.1f} MiB  {remark}".rstrip() for name, size, remark in rows
+        )
+
+
+def plan_memory(manifest: Manifest, options: EngineOptions, available_bytes: int) -> MemoryBudget:
+    """Blocks as the build planned them, or as many as the options allow if they say something.
+
+    Raises ConfigError if that is none, or more than slot numbers reach.
+    """
+    layout = manifest.kv_cache
+    block_bytes = layout.bytes_per_token * layout.block_size
+    limits = []
+    if options.kv_cache_bytes:
+        limits.append(options.kv_cache_bytes)
+    if options.kv_cache_fraction:
+        limits.append(int(options.kv_cache_fraction * available_bytes))
+    num_blocks = min(limits) // block_bytes if limits else layout.num_blocks
+    if not 0 < num_blocks * layout.block_size <= _MAX_SLOTS:
+        raise ConfigError(
+            f"kv_cache_bytes {options.kv_cache_bytes} and kv_cache_fraction {options.kv_cache_fraction} of "
+            f"{available_bytes} bytes make {num_blocks} blocks of {block_bytes} bytes: allowed are 1 to "
+            f"{_MAX_SLOTS // layout.block_size}"
+        )
+    num_host_blocks = options.swap_bytes // block_bytes
+    if options.preemption_mode == "swap" and not num_host_blocks:
+        raise ConfigError(
+            f"preemption_mode swap needs room: swap_bytes {options.swap_bytes} holds no block of "
+            f"{block_bytes} bytes"
+        )
+    return MemoryBudget(
+        weights_bytes=sum(size for name, size in manifest.files.items() if name.startswith("rank")),
+        block_bytes=block_bytes,
+        block_size=layout.block_size,
+        num_blocks=num_blocks,
+        num_host_blocks=num_host_blocks,
+        available_bytes=available_bytes,
+    )
+
+
+def resize(layout: KVCacheLayout, budget: MemoryBudget) -> KVCacheLayout:
+    """The layout with the budget's number of blocks."""
+    return layout.model_copy(update={"num_blocks": budget.num_blocks})
+
+
+def available_memory_bytes() -> int:
+    """What this process may still allocate: free memory of the machine, or of its cgroup if that is less."""
+    available = _meminfo_bytes("MemAvailable")
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+    except OSError:
+        return available  # not in a cgroup of its own, or version 1
+    return available if limit == "max" else min(available, max(int(limit) - used, 0))
+
+
+def _meminfo_bytes(field: str) -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    raise ConfigError(f"/proc/meminfo has no {field}: set kv_cache_bytes and leave kv_cache_fraction 0")
