@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from traces import Conversation, Request
 
 from trtforge.runtime.engine_core import EngineCore
-from trtforge.runtime.executor import Executor, KVCacheSpec, ModelInputs, ModelOutputs
+from trtforge.runtime.executor import BlockMoves, Executor, KVCacheSpec, ModelInputs, ModelOutputs
 from trtforge.runtime.request import EngineRequest, SamplingParams
 
 
@@ -20,9 +20,6 @@ class CountingExecutor:
         self.num_tokens = 0
         self.num_steps = 0
 
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._executor, name)
-
     def kv_cache_spec(self) -> KVCacheSpec:
         return self._executor.kv_cache_spec()
 
@@ -30,6 +27,12 @@ class CountingExecutor:
         self.num_tokens += len(inputs.input_ids)
         self.num_steps += 1
         return self._executor.execute(inputs)
+
+    def move_blocks(self, moves: BlockMoves) -> None:
+        self._executor.move_blocks(moves)
+
+    def close(self) -> None:
+        self._executor.close()
 
 
 @dataclass(slots=True)

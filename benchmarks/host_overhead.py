@@ -51,8 +51,7 @@ from steady_decode import (
 )
 
 from trtforge.errors import ConfigError, TrtforgeError
-from trtforge.runtime.request import SamplingParams
-from trtforge.runtime.sampling.sampler import sample
+from trtforge.runtime.sampling.sampler import Sampler
 from trtforge.runtime.tokenizer import Tokenizer
 
 VLLM_SCHEDULER = Path(__file__).with_name("vllm_scheduler.py")
@@ -159,13 +158,14 @@ def running_vllm(python: str) -> Iterator[Vllm]:
 def measure_argmax(vocab_size: int, sizes: list[int]) -> dict[int, float]:
     """µs to sample greedily where the likeliest token has to be found, by number of sequences."""
     logits = np.random.default_rng(0).random((max(sizes), vocab_size), dtype=np.float32)
+    sampler = Sampler(vocab_size)
     results = {}
     for size in sizes:
-        params, positions = [SamplingParams()] * size, [0] * size
+        states, positions = [None] * size, [0] * size
         seconds = []
         for _ in range(ARGMAX_REPEATS):
             start = time.perf_counter()
-            sample(logits[:size], params, positions)
+            sampler.sample(logits[:size], states, positions)
             seconds.append(time.perf_counter() - start)
         results[size] = statistics.median(seconds) * 1e6
     return results

@@ -108,11 +108,6 @@ def occupancy_chart(schemes: list[Occupancy]) -> Chart:
     return Chart("KV cache slots that hold a token", "step", "% of the cache", series)
 
 
-def run_chats(core: EngineCore, executor: CountingExecutor, chats: Chats) -> ChatResult:
-    """All conversations of the seed."""
-    return ChatDriver(core, executor, chats.make(SEED)).run()
-
-
 def measure_chats(
     executor: Executor, limits: Limits, vocab_size: int, chats: Chats
 ) -> tuple[ChatResult, ChatResult]:
@@ -122,7 +117,8 @@ def measure_chats(
         counting = CountingExecutor(executor)
         options = EngineOptions(prefix_caching=prefix_caching)
         core = EngineCore(counting, limits, (), vocab_size, options=options)
-        results.append(run_chats(core, counting, chats))
+        results.append(ChatDriver(core, counting, chats.make(SEED)).run())
+        core.close()
     return results[0], results[1]
 
 
@@ -140,20 +136,22 @@ def prefix_figures(name: str, without: ChatResult, with_cache: ChatResult) -> li
     table.add_row("prefilled tokens", *(f"{count:,}" for count in prefilled))
     table.add_row("hit rate", "", f"{hit_rate:.1%}")
     table.add_row("what earlier turns could give", "", f"{reusable:.1%}")
-    first_ms = [statistics.mean(r.first_token_s) * 1000 for r in (without, with_cache)]
-    table.add_row("seconds", f"{without.seconds:.1f}", f"{with_cache.seconds:.1f}")
-    table.add_row("mean time to first token, ms", *(f"{value:.0f}" for value in first_ms))
     equal = sum(with_cache.answers[key] == answer for key, answer in without.answers.items())
     table.add_row("same answers", "", f"{equal} of {len(without.answers)}")
-    Console().print(table)
     prefix = f"prefix_cache_{name.replace(' ', '_')}"
-    return [
+    figures = [
         Figure(f"{prefix}_hit_rate", hit_rate * 100, "%"),
         Figure(f"{prefix}_reusable", reusable * 100, "%"),
         Figure(f"{prefix}_saved_prefill_tokens", 100 * (1 - prefilled[1] / prefilled[0]), "%"),
-        Figure(f"{prefix}_time_off_over_on", without.seconds / with_cache.seconds, "x"),
-        Figure(f"{prefix}_first_token_off_over_on", first_ms[0] / first_ms[1], "x"),
     ]
+    if name == "model":  # the other's time says nothing
+        first_s = [statistics.mean(result.first_token_s) for result in (without, with_cache)]
+        table.add_row("seconds", f"{without.seconds:.1f}", f"{with_cache.seconds:.1f}")
+        table.add_row("mean time to first token, s", *(f"{value:.2f}" for value in first_s))
+        figures.append(Figure(f"{prefix}_time_off_over_on", without.seconds / with_cache.seconds, "x"))
+        figures.append(Figure(f"{prefix}_first_token_off_over_on", first_s[0] / first_s[1], "x"))
+    Console().print(table)
+    return figures
 
 
 def measure_batching(
@@ -171,6 +169,7 @@ def measure_batching(
         inflight.append(generate_all(core, counting, second))
         seconds = f"waves {static[-1].seconds:.1f} s, inflight {inflight[-1].seconds:.1f} s"
         print(f"round {round_number}: {seconds}", file=sys.stderr)
+    core.close()
     return static, inflight
 
 

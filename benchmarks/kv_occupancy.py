@@ -68,12 +68,13 @@ def paged(requests: list[Request], num_slots: int, block_size: int, limits: Limi
     result = Occupancy(f"paged, blocks of {block_size}", num_slots)
     while core.has_work():
         core.step()
-        running = core._scheduler._running
+        running = core._scheduler.running
         if running:
             allocated = (num_blocks - core.num_free_blocks) * block_size
             filled = sum(sequence.num_computed_tokens for sequence in running)
             result.note(allocated, filled, len(running), is_saturated=core.num_waiting > 0)
     core.check_integrity()
+    core.close()
     result.num_preemptions = core.num_preemptions
     return result
 

@@ -21,7 +21,7 @@ from trtforge.manifest import KVCacheLayout, LayerCache, Limits, Manifest, Model
 from trtforge.runtime import engine_core
 from trtforge.runtime.engine_client import EngineClient
 from trtforge.runtime.engine_core import EngineCore
-from trtforge.runtime.executor import KVCacheSpec, ModelInputs, ModelOutputs
+from trtforge.runtime.executor import BlockMoves, KVCacheSpec, ModelInputs, ModelOutputs
 from trtforge.runtime.messages import Add, Outputs, client_end, engine_end
 from trtforge.runtime.outputs import GenerationOutput
 from trtforge.runtime.request import GenerationRequest, SamplingParams
@@ -45,21 +45,15 @@ def num_cache_blocks(num_sequences: int, num_steps: int) -> int:
     return max(num_sequences * ((PROMPT_TOKENS + num_steps) // BLOCK_SIZE + 3), MAX_MODEL_LEN // BLOCK_SIZE)
 
 
-class _LogitsWithArgmax(np.ndarray):
-    """Logits whose likeliest tokens are known already, as an accelerator can have found them."""
-
-    token_ids: np.ndarray[Any, Any]
-
-    def argmax(self, *_: object, **__: object) -> np.ndarray[Any, Any]:  # type: ignore[override]
-        return self.token_ids
-
-
 class SteadyExecutor:
-    """Answers at once, with the tokens of a real text, so that detokenizing them costs what it does."""
+    """Answers at once, as an accelerator that gives each row's likeliest token beside the logits.
+
+    The tokens are those of a real text, so that detokenizing them costs what it does.
+    """
 
     def __init__(self, text_token_ids: tuple[int, ...], vocab_size: int, num_blocks: int) -> None:
         self._spec = KVCacheSpec(block_size=BLOCK_SIZE, num_blocks=num_blocks)
-        self._text = np.array(text_token_ids, dtype=np.int64)
+        self._text = np.array(text_token_ids, dtype=np.int32)
         self._zeros = np.zeros(vocab_size, dtype=np.float32)
         self._step = itertools.count()
 
@@ -68,10 +62,13 @@ class SteadyExecutor:
 
     def execute(self, inputs: ModelInputs) -> ModelOutputs:
         rows = np.arange(len(inputs.logits_indices))
+        token_ids = self._text[(rows * 7 + next(self._step)) % len(self._text)]
         # Rows of one array: nothing of the size of the logits is written or read.
-        logits = np.broadcast_to(self._zeros, (len(rows), len(self._zeros))).view(_LogitsWithArgmax)
-        logits.token_ids = self._text[(rows * 7 + next(self._step)) % len(self._text)]
-        return ModelOutputs(logits)
+        logits = np.broadcast_to(self._zeros, (len(rows), len(self._zeros)))
+        return ModelOutputs(logits, token_ids)
+
+    def move_blocks(self, moves: BlockMoves) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -163,6 +160,9 @@ class SteadyDecode:
         return len(outputs)
 
     def _deliver(self, outputs: list[Any]) -> None:
+        if self._core._in_flight is not None:
+            # The executor's thread has to be done before anything else is timed: both need the interpreter.
+            self._core._in_flight.future.result()
         with self.watch.timing("encode"):
             self._engine_end.send(Outputs(outputs, self._core.stats))
         self._pending = True
@@ -182,7 +182,7 @@ class SteadyDecode:
                 if len(outputs) != self._num_sequences:
                     raise RuntimeError(f"{len(outputs)} of {self._num_sequences} sequences decoded")
                 seconds = watch.seconds
-                inside = sum(seconds[name] for name in ("schedule", "inputs", "execute", "sample"))
+                inside = seconds["schedule"] + seconds["inputs"] + seconds["sample"]
                 seconds["update"] = seconds["step"] - inside
                 seconds["deliver"] = seconds["read"] - seconds["decode"]
                 for part, values in times.items():
@@ -191,20 +191,21 @@ class SteadyDecode:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        scheduler = self._core._scheduler
+        scheduler, sampler = self._core._scheduler, self._core._results._sampler
+        timed = self.watch.timed
         with (
-            mock.patch.object(scheduler, "schedule", self.watch.timed("schedule", scheduler.schedule)),
+            mock.patch.object(scheduler, "schedule", timed("schedule", scheduler.schedule)),
             mock.patch.object(
-                engine_core, "build_model_inputs", self.watch.timed("inputs", engine_core.build_model_inputs)
+                engine_core, "build_model_inputs", timed("inputs", engine_core.build_model_inputs)
             ),
-            mock.patch.object(engine_core, "sample", self.watch.timed("sample", engine_core.sample)),
-            mock.patch.object(self._executor, "execute", self.watch.timed("execute", self._executor.execute)),
-            mock.patch.object(self, "receive", self.watch.timed("decode", self.receive)),
+            mock.patch.object(sampler, "sample", timed("sample", sampler.sample)),
+            mock.patch.object(self, "receive", timed("decode", self.receive)),
         ):
             yield
 
     def close(self) -> None:
-        """Close the socket."""
+        """End the executor's thread and close the socket."""
+        self._core.close()
         self._engine_end.close()
         self._client_end.close()
 
