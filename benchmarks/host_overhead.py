@@ -3,7 +3,8 @@
     python benchmarks/host_overhead.py --tokenizer FOLDER [--vllm-python PYTHON] [--json FILE]
 
 1 to 1024 sequences decode one greedy token a step; the executor takes no time and gives the tokens of a
-real text. Everything else is what serves: engine core, messages over their socket, engine client. Parts
+real text. Everything else is what serves, with prefix caching and with the next step scheduled while the
+executor has the current one: engine core, messages over their socket, engine client. Parts
 above the line belong to the engine process, `decode` and `deliver` (detokenize, up to the callback that
 gives a response to Triton) to the process that Triton starts; served, the two run at the same time.
 
@@ -22,16 +23,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,12 +46,12 @@ from steady_decode import (
     prompt_lengths,
     write_manifest,
 )
+from vllm_contender import Vllm, running_vllm
 
-from trtforge.errors import ConfigError, TrtforgeError
+from trtforge.errors import TrtforgeError
 from trtforge.runtime.sampling.sampler import Sampler
 from trtforge.runtime.tokenizer import Tokenizer
 
-VLLM_SCHEDULER = Path(__file__).with_name("vllm_scheduler.py")
 SIZES = (1, 16, 64, 256, 1024)
 VOCAB_SIZES = (32_000, 49_152)
 AIM_SIZE = 256
@@ -109,50 +106,6 @@ def measure_ours(model_dir: Path, num_sequences: int, num_steps: int) -> Measure
         p99=float(np.percentile(steps, 99)),
         gc_share=collector.seconds * 1e6 / float(steps.sum()),
     )
-
-
-class Vllm:
-    """vLLM's scheduler in its own process."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-        self.version = str(self._answer()["version"])
-        self.times: dict[int, list[tuple[float, float]]] = {}  # by size: (schedule, update) of each round
-
-    def measure(self, num_sequences: int, num_steps: int) -> None:
-        """One round of one size."""
-        workload = {
-            "prompt_lengths": prompt_lengths(num_sequences),
-            "num_blocks": num_cache_blocks(num_sequences, WARM_UP_STEPS + num_steps + EXTRA_STEPS),
-            "warm_up_steps": WARM_UP_STEPS,
-            "steps": num_steps,
-        }
-        self._process.stdin.write(json.dumps(workload) + "\n")
-        self._process.stdin.flush()
-        answer = self._answer()
-        self.times.setdefault(num_sequences, []).append((answer["schedule_us"], answer["update_us"]))
-
-    def _answer(self) -> dict:
-        line = self._process.stdout.readline()
-        if not line:
-            raise ConfigError(f"vLLM ended with status {self._process.wait()}, see its messages above")
-        return json.loads(line)
-
-
-@contextmanager
-def running_vllm(python: str) -> Iterator[Vllm]:
-    """Start the contender; it ends with the context."""
-    # Its own libraries, not those of this environment.
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
-    command = [python, str(VLLM_SCHEDULER)]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd="/"
-    )
-    try:
-        yield Vllm(process)
-    finally:
-        process.kill()
-        process.wait()
 
 
 def measure_argmax(vocab_size: int, sizes: list[int]) -> dict[int, float]:
@@ -284,7 +237,8 @@ def main() -> int:
             for size, rounds in ours.items():
                 rounds.append(measure_ours(model_dir, size, arguments.steps))
                 if vllm is not None:
-                    vllm.measure(size, arguments.steps)
+                    num_blocks = num_cache_blocks(size, WARM_UP_STEPS + arguments.steps + EXTRA_STEPS)
+                    vllm.measure(prompt_lengths(size), num_blocks, WARM_UP_STEPS, arguments.steps)
             totals = ", ".join(f"{size}: {rounds[-1].total:.0f}" for size, rounds in ours.items())
             print(f"round {round_number}, µs a step: {totals}", file=sys.stderr)
     argmax = {vocab_size: measure_argmax(vocab_size, arguments.sequences) for vocab_size in VOCAB_SIZES}

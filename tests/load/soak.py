@@ -1,12 +1,13 @@
-"""Load on a real tritonserver for minutes, with cancellations and killed engines; is every token right?
+"""Load on a real tritonserver for minutes, with cancellations and killed engines: is every token right?
 
     python tests/load/soak.py [--requests N] [--concurrency N] [--time-limit S] [--svg FILE] [--json FILE]
 
 The model is the fake executor, whose tokens are a function of the request alone; its cache is small enough
-to preempt. Mixed lengths, greedy and sampled, a third with shared prefixes, over gRPC streams. Checked:
-a completed stream has the tokens that the request gives alone; a cancelled or failed one the first of
-them; streams fail only when the engine was killed, with an error that says so; memory does not grow after
-the warm-up; in the end all blocks are free, all processes gone and no shared memory is left.
+to preempt. Now and then the engine is stopped for a moment, so that requests pile up, and sometimes it is
+killed just after. Mixed lengths, greedy and sampled, a third with shared prefixes, over gRPC streams.
+Checked: a completed stream has the tokens that the request gives alone; a cancelled or failed one the first
+of them; streams fail only when the engine was killed, with an error that says so; memory does not grow
+after the warm-up; in the end all blocks are free, all processes gone and no shared memory is left.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import tokenizers
 from rich.console import Console
 from rich.table import Table
 from soak_load import Expectation, Load, Result, make_plans
-from soak_watch import Processes, Watch, gauges_when_idle, kill_now_and_then
+from soak_watch import Processes, Trouble, Watch, gauges_when_idle
 from tokenizers import decoders, models, pre_tokenizers
 
 from trtforge.builder.repository import VERSION_FOLDER, install_triton_model
@@ -84,7 +85,6 @@ class Soak:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
         self.problems: list[str] = []
-        self.kills_s: list[float] = []
         self.seconds = 0.0
         self.verify_seconds = 0.0
         self.final_gauges: dict[str, float] = {}
@@ -115,16 +115,12 @@ class Soak:
         plans = make_plans(arguments.requests, VOCAB_SIZE, MAX_MODEL_LEN, arguments.seed)
         deadline_s = time.monotonic() + arguments.time_limit
         load = Load(server.grpc_url, plans, arguments.concurrency, deadline_s)
-        killer = None
-        if arguments.kill_interval:
-            killer = asyncio.create_task(
-                kill_now_and_then(processes, arguments.kill_interval, self.kills_s)
-            )
+        self.trouble = Trouble(processes, arguments.stall_interval, arguments.kill_interval)
+        making_trouble = asyncio.create_task(self.trouble.run())
         await load.run()
-        if killer is not None:
-            killer.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await killer
+        making_trouble.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await making_trouble
         return load
 
     def _check_idle(self, processes: Processes) -> None:
@@ -167,7 +163,7 @@ class Soak:
         return ""
 
     def _is_after_kill(self, at_s: float) -> bool:
-        return any(kill_s <= at_s <= kill_s + RESTART_WINDOW_S for kill_s in self.kills_s)
+        return any(kill_s <= at_s <= kill_s + RESTART_WINDOW_S for kill_s in self.trouble.kills_s)
 
     def _check_memory(self) -> None:
         for role in ("server", "stub", "core"):
@@ -182,7 +178,9 @@ def show(soak: Soak) -> None:
     table.add_column("figure")
     table.add_column("value", justify="right")
     for figure in figures(soak):
-        table.add_row(figure.name.removeprefix("soak_").replace("_", " "), f"{figure.value:,.6g} {figure.unit}")
+        table.add_row(
+            figure.name.removeprefix("soak_").replace("_", " "), f"{figure.value:,.6g} {figure.unit}"
+        )
     Console().print(table)
     for problem in soak.problems[:MAX_PROBLEMS_SHOWN]:
         print(f"problem: {problem[:500]}")
@@ -200,7 +198,10 @@ def figures(soak: Soak) -> list[Figure]:
         Figure("soak_completed", outcomes["completed"], ""),
         Figure("soak_cancelled", outcomes["cancelled"], ""),
         Figure("soak_failed_by_kills", outcomes["failed"], ""),
-        Figure("soak_engine_kills", len(soak.kills_s), ""),
+        Figure("soak_engine_stalls", soak.trouble.num_stalls, ""),
+        Figure("soak_engine_kills", len(soak.trouble.kills_s), ""),
+        Figure("soak_running_at_most", max(g["num_requests_running"] for _, g in soak.watch.gauges), ""),
+        Figure("soak_waiting_at_most", max(g["num_requests_waiting"] for _, g in soak.watch.gauges), ""),
         Figure("soak_refusals_during_restarts", len(soak.load.refused_s), ""),
         Figure("soak_tokens_checked", num_tokens, ""),
         Figure("soak_duration", soak.seconds, "s"),
@@ -220,7 +221,7 @@ def figures(soak: Soak) -> list[Figure]:
 def charts(soak: Soak) -> list[Chart]:
     """Memory and load over time."""
     watch = soak.watch
-    kills = [kill_s - watch.start_s for kill_s in soak.kills_s]
+    kills = [kill_s - watch.start_s for kill_s in soak.trouble.kills_s]
     memory = [
         Series(role, [at_s for at_s, _, _ in samples], [mib for _, _, mib in samples])
         for role, samples in watch.rss.items()
@@ -244,6 +245,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=5000)
     parser.add_argument("--concurrency", type=int, default=200)
     parser.add_argument("--time-limit", type=float, default=900.0, help="seconds in which requests are sent")
+    parser.add_argument("--stall-interval", type=float, default=2.0, help="seconds")
     parser.add_argument("--kill-interval", type=float, default=20.0, help="seconds; 0: never")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--svg", type=Path, help="draw memory and load over time")

@@ -1,4 +1,4 @@
-"""Looks at the processes of a running server while it is under load, and kills its engine now and then."""
+"""Looks at the processes of a running server while it is under load, and gives its engine trouble."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ import psutil
 from trtforge.client.triton_server import TritonServer
 
 SHARED_MEMORY = Path("/dev/shm")
-SAMPLE_INTERVAL_S = 0.5
+SAMPLE_INTERVAL_S = 0.25
 IDLE_TIMEOUT_S = 30.0
+STALL_S = (0.2, 0.8)
+KILL_DELAY_S = (0.0, 0.03)
 WARM_UP_SHARE = 0.25  # of a process's life in which its memory may grow
 MIB = 1024 * 1024
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_free_blocks")
@@ -128,12 +130,43 @@ def gauges_when_idle(server: TritonServer) -> dict[str, float]:
             return gauges
 
 
-async def kill_now_and_then(processes: Processes, interval_s: float, kills_s: list[float]) -> None:
-    """SIGKILL the engine core at random moments, `interval_s` apart on average, until cancelled."""
-    moments = random.Random(0)
-    while True:
-        await asyncio.sleep(interval_s * moments.uniform(0.6, 1.4))
-        core = processes.by_role().get("core")
-        if core is not None:
-            core.kill()
-            kills_s.append(time.monotonic())
+class Trouble:
+    """Holds the engine core up at random moments, and kills it in some of them.
+
+    Clients are slower than the engine without a model. While the core is stopped requests pile up: it goes
+    on with full batches and preemptions, and when it is killed soon after, it is at work on many streams.
+    """
+
+    def __init__(self, processes: Processes, stall_interval_s: float, kill_interval_s: float) -> None:
+        self._processes = processes
+        self._stall_interval_s = stall_interval_s
+        self._kill_interval_s = kill_interval_s
+        self.num_stalls = 0
+        self.kills_s: list[float] = []  # on the monotonic clock
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        moments = random.Random(0)
+        next_kill_s = time.monotonic() + self._kill_interval_s * moments.uniform(0.6, 1.4)
+        while True:
+            await asyncio.sleep(self._stall_interval_s * moments.uniform(0.5, 1.5))
+            core = self._processes.by_role().get("core")
+            if core is None:
+                continue  # it is being started
+            try:
+                await self._stall(core, moments.uniform(*STALL_S))
+                if self._kill_interval_s and time.monotonic() > next_kill_s:
+                    await asyncio.sleep(moments.uniform(*KILL_DELAY_S))
+                    core.kill()
+                    self.kills_s.append(time.monotonic())
+                    next_kill_s += self._kill_interval_s * moments.uniform(0.6, 1.4)
+            except psutil.NoSuchProcess:
+                continue
+
+    async def _stall(self, core: psutil.Process, seconds: float) -> None:
+        core.suspend()
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            core.resume()
+        self.num_stalls += 1
