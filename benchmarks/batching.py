@@ -126,19 +126,31 @@ def generate_all(core: EngineCore, executor: CountingExecutor, requests: list[Re
 
 
 def generate_in_waves(
-    core: EngineCore, executor: CountingExecutor, requests: list[Request], batch_size: int
+    core: EngineCore,
+    executor: CountingExecutor,
+    requests: list[Request],
+    batch_size: int,
+    *,
+    is_padded: bool = False,
 ) -> Spent:
-    """The same where `batch_size` requests start together, and the next ones when all have ended."""
+    """The same where `batch_size` requests start together, and the next ones when all have ended.
+
+    Padded, every sequence of a wave decodes until its longest answer ends, as rows of one tensor do.
+    """
     start, cpu_start, steps_before = time.perf_counter(), time.process_time(), executor.num_steps
-    num_tokens = 0
     for first in range(0, len(requests), batch_size):
-        for index, request in enumerate(requests[first : first + batch_size]):
-            sampling = SamplingParams(max_tokens=request.num_answer_tokens, ignore_eos=True)
+        wave = requests[first : first + batch_size]
+        max_tokens = [request.num_answer_tokens for request in wave]
+        if is_padded:
+            max_tokens = [max(max_tokens)] * len(wave)
+        for index, (request, count) in enumerate(zip(wave, max_tokens, strict=True)):
+            sampling = SamplingParams(max_tokens=count, ignore_eos=True)
             core.add_request(EngineRequest(str(index), request.prompt, sampling))
+        num_tokens = 0
         while core.has_work():
             num_tokens += sum(len(output.token_ids) for output in core.step())
-    if num_tokens != sum(request.num_answer_tokens for request in requests):
-        raise RuntimeError(f"{num_tokens} tokens were generated, other than asked for")
+        if num_tokens != sum(max_tokens):
+            raise RuntimeError(f"{num_tokens} tokens were generated of {sum(max_tokens)}")
     return Spent(
         time.perf_counter() - start, time.process_time() - cpu_start, executor.num_steps - steps_before
     )

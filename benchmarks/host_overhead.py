@@ -38,6 +38,7 @@ from rich.console import Console
 from rich.table import Table
 from steady_decode import (
     CORE_PARTS,
+    CPU,
     PARTS,
     STUB_PARTS,
     CollectorClock,
@@ -69,6 +70,7 @@ class Measured:
     """One size in one round; times in µs a step."""
 
     parts: dict[str, float]  # medians
+    cpu: float  # median of the processor's time, of which other work on the machine takes none
     mean: float
     p99: float
     gc_share: float
@@ -99,9 +101,11 @@ def measure_ours(model_dir: Path, num_sequences: int, num_steps: int) -> Measure
     with collector.running():
         times = decode.measure(num_steps)
     decode.close()
+    cpu = statistics.median(times.pop(CPU)) * 1e6
     steps = np.sum(list(times.values()), axis=0) * 1e6
     return Measured(
         parts={part: statistics.median(values) * 1e6 for part, values in times.items()},
+        cpu=cpu,
         mean=float(steps.mean()),
         p99=float(np.percentile(steps, 99)),
         gc_share=collector.seconds * 1e6 / float(steps.sum()),
@@ -143,6 +147,7 @@ def show(best: dict[int, Measured], spreads: dict[int, float], rounds: int) -> N
     table.add_row("Triton's process", *(f"{m.stub:.0f}" for m in best.values()))
     table.add_row("total", *(f"{m.total:.0f}" for m in best.values()))
     table.add_row("total a sequence", *(f"{m.total / n:.2f}" for n, m in best.items()), end_section=True)
+    table.add_row("processor time", *(f"{m.cpu:.0f}" for m in best.values()))
     table.add_row("mean", *(f"{m.mean:.0f}" for m in best.values()))
     table.add_row("99th percentile", *(f"{m.p99:.0f}" for m in best.values()))
     table.add_row("gc", *(f"{m.gc_share:.1%}" for m in best.values()))
@@ -197,6 +202,7 @@ def figures(best: dict[int, Measured], spreads: dict[int, float]) -> list[Figure
         result += [Figure(f"{prefix}_{part}", measured.parts[part], **lower) for part in PARTS]
         result.append(Figure(f"{prefix}_engine_process", measured.core, **lower))
         result.append(Figure(f"{prefix}_triton_process", measured.stub, **lower))
+        result.append(Figure(f"{prefix}_cpu", measured.cpu, **lower))
         result.append(Figure(f"{prefix}_mean", measured.mean, **lower))
         result.append(Figure(f"{prefix}_p99", measured.p99, **lower))
         result.append(Figure(f"{prefix}_gc_share", measured.gc_share * 100, "%"))

@@ -9,9 +9,10 @@ ask for since they cannot know an answer's length, or, as an oracle, exactly wha
 `prefix`: conversations that share a system prompt and send their whole history in every turn, with and
 without prefix caching; tokens given to the fake executor, and with --model the time of the real model.
 `batching` needs --model, a built model's version folder: the same requests on the same engine, queued at
-once against waves of a fixed batch that end with their longest answer. Finished sequences cost nothing in a
-wave either; only the places stay empty. The ratio of steps is what a device gains whose step takes the same
-time however many sequences decode; a CPU gains less, the more so the larger the batch. Lengths are
+once (inflight), or in waves of a fixed batch that end with their longest answer, in which finished sequences
+cost nothing and only their places stay empty (waves) or go on as rows of one tensor do (padded). The ratio
+of steps is what a device gains whose step takes the same time however many sequences decode; a CPU's
+arithmetic grows with the batch, and it gains less. Lengths are
 log-normal, their standard deviation 1.3 times the mean before long ones are cut.
 """
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from batching import ChatDriver, ChatResult, CountingExecutor, Spent, generate_all, generate_in_waves
@@ -28,7 +30,7 @@ from common import Figure, describe_machine, finish
 from kv_occupancy import Occupancy, contiguous, paged
 from rich.console import Console
 from rich.table import Table
-from traces import SHAREGPT_ANSWER_TOKENS, SHAREGPT_PROMPT_TOKENS, Chats, Mix
+from traces import SHAREGPT_ANSWER_TOKENS, SHAREGPT_PROMPT_TOKENS, Chats, Mix, Request
 
 from trtforge.engine_options import EngineOptions
 from trtforge.errors import TrtforgeError
@@ -44,7 +46,6 @@ VOCAB_SIZE = 32
 BLOCK_SIZES = (16, 32)
 AIM_WASTED = 4.0  # %, with the smaller blocks
 AIM_SPEEDUP = 2.0
-UNITS = ("seconds", "cpu_seconds")
 NUM_SLOTS = 32 * 1024
 MAX_MODEL_LEN = 2048
 MAX_TOKENS = 1024
@@ -156,54 +157,55 @@ def prefix_figures(name: str, without: ChatResult, with_cache: ChatResult) -> li
 
 def measure_batching(
     executor: Executor, manifest: Manifest, mix: Mix, batch_size: int, rounds: int
-) -> tuple[list[Spent], list[Spent]]:
-    """Waves and inflight batching in turns; the same lengths but new tokens each time."""
+) -> dict[str, list[Spent]]:
+    """Three ways of batching in turns, inflight last; the same lengths but new tokens each time."""
     limits = manifest.limits.model_copy(update={"max_num_seqs": batch_size})
     counting = CountingExecutor(executor)
     core = EngineCore(counting, limits, (), manifest.model.vocab_size)
     generate_all(core, counting, mix.make(SEED)[:2])  # warms up
-    static, inflight = [], []
+    ways: dict[str, Callable[[list[Request]], Spent]] = {
+        "padded": lambda requests: generate_in_waves(core, counting, requests, batch_size, is_padded=True),
+        "waves": lambda requests: generate_in_waves(core, counting, requests, batch_size),
+        "inflight": lambda requests: generate_all(core, counting, requests),
+    }
+    runs: dict[str, list[Spent]] = {name: [] for name in ways}
     for round_number in range(rounds):
-        first, second = (mix.make(SEED, 2 * round_number + run) for run in (1, 2))
-        static.append(generate_in_waves(core, counting, first, batch_size))
-        inflight.append(generate_all(core, counting, second))
-        seconds = f"waves {static[-1].seconds:.1f} s, inflight {inflight[-1].seconds:.1f} s"
-        print(f"round {round_number}: {seconds}", file=sys.stderr)
+        for number, (name, run) in enumerate(ways.items()):
+            runs[name].append(run(mix.make(SEED, len(ways) * round_number + number + 1)))
+            print(f"round {round_number}: {name} {runs[name][-1].seconds:.1f} s", file=sys.stderr)
     core.close()
-    return static, inflight
+    return runs
 
 
-def batching_figures(static: list[Spent], inflight: list[Spent], mix: Mix, batch_size: int) -> list[Figure]:
-    """Show both ways."""
+def batching_figures(runs: dict[str, list[Spent]], mix: Mix, batch_size: int) -> list[Figure]:
+    """Show all ways, and how much faster than the others the last one is."""
     answers = [request.num_answer_tokens for request in mix.make(SEED)]
-    table = Table(title=f"{len(answers)} requests, {batch_size} at once, median of {len(static)} rounds")
+    inflight = runs["inflight"]
+    table = Table(
+        title=f"{len(answers)} requests, {batch_size} at once, median of {len(inflight)} rounds",
+        caption=f"answers of {min(answers)} to {max(answers)} tokens, mean {statistics.mean(answers):.0f}, "
+        f"standard deviation {statistics.pstdev(answers):.0f}; (inflight is so many times as fast)",
+    )
     for heading in ("batching", "tokens/s", "tokens/s of CPU time", "steps"):
         table.add_column(heading, justify="left" if heading == "batching" else "right")
-    for name, runs in (("static, in waves", static), ("inflight", inflight)):
-        rates = [sum(answers) / statistics.median(getattr(r, unit) for r in runs) for unit in UNITS]
-        table.add_row(name, *(f"{rate:.1f}" for rate in rates), str(runs[0].num_steps))
-    pairs = list(zip(static, inflight, strict=True))
-    times = {
-        unit: statistics.median(getattr(a, unit) / getattr(b, unit) for a, b in pairs)
-        for unit in (*UNITS, "num_steps")
-    }
-    table.add_row("", *(f"{ratio:.2f}x" for ratio in times.values()))
+    figures = []
+    for name, spent in runs.items():
+        cells = []
+        for unit in ("seconds", "cpu_seconds", "num_steps"):
+            median = statistics.median(getattr(run, unit) for run in spent)
+            speedup = statistics.median(
+                getattr(run, unit) / getattr(ours, unit) for run, ours in zip(spent, inflight, strict=True)
+            )
+            cell = str(median) if unit == "num_steps" else f"{sum(answers) / median:.1f}"
+            cells.append(cell if name == "inflight" else f"{cell} ({speedup:.2f}x)")
+            if name != "inflight":
+                aim = AIM_SPEEDUP if (name, unit) == ("waves", "seconds") else None
+                figures.append(Figure(f"inflight_over_{name}_{unit}", speedup, "x", aim))
+            if unit != "num_steps":
+                figures.append(Figure(f"batching_{name}_by_{unit}", sum(answers) / median, "tokens/s"))
+        table.add_row(name, *cells)
     Console().print(table)
-    print(
-        f"answers: {min(answers)} to {max(answers)} tokens, mean {statistics.mean(answers):.0f}, "
-        f"standard deviation {statistics.pstdev(answers):.0f}"
-    )
-    seconds = {"static": static, "inflight": inflight}
-    rates = [
-        Figure(f"{name}_batching", sum(answers) / statistics.median(r.seconds for r in runs), "tokens/s")
-        for name, runs in seconds.items()
-    ]
-    return [
-        Figure("inflight_over_static_batching", times["seconds"], "x", AIM_SPEEDUP),
-        Figure("inflight_over_static_cpu_time", times["cpu_seconds"], "x"),
-        Figure("inflight_over_static_steps", times["num_steps"], "x"),
-        *rates,
-    ]
+    return sorted(figures, key=lambda figure: figure.aim is None)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -261,8 +263,8 @@ def measure_model(arguments: argparse.Namespace) -> list[Figure]:
         figures += prefix_figures("model", *measure_chats(executor, manifest.limits, vocab_size, chats))
     if "batching" in arguments.parts:
         mix = Mix(arguments.batch_requests, 48, 64, 512, vocab_size)
-        spent = measure_batching(executor, manifest, mix, arguments.batch_size, arguments.rounds)
-        figures += batching_figures(*spent, mix, arguments.batch_size)
+        runs = measure_batching(executor, manifest, mix, arguments.batch_size, arguments.rounds)
+        figures += batching_figures(runs, mix, arguments.batch_size)
     executor.close()
     return figures
 

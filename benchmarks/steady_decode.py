@@ -29,6 +29,7 @@ from trtforge.runtime.request import GenerationRequest, SamplingParams
 CORE_PARTS = ("schedule", "inputs", "sample", "update", "encode")  # of the engine process
 STUB_PARTS = ("decode", "deliver")  # of the process that Triton starts
 PARTS = (*CORE_PARTS, *STUB_PARTS)
+CPU = "cpu"
 BLOCK_SIZE = 16
 MAX_MODEL_LEN = 4096
 MAX_NUM_BATCHED_TOKENS = 8192
@@ -170,15 +171,17 @@ class SteadyDecode:
             self._client._read(self._engine)
 
     def measure(self, num_steps: int) -> dict[str, list[float]]:
-        """Seconds of every part in each step."""
-        times: dict[str, list[float]] = {part: [] for part in PARTS}
+        """Seconds of every part in each step, and of the processor in all parts together."""
+        times: dict[str, list[float]] = {part: [] for part in (*PARTS, CPU)}
         watch = self.watch
         with self._watched():
             for _ in range(num_steps):
                 watch.seconds.clear()
+                cpu_start = time.thread_time()
                 with watch.timing("step"):
                     outputs = self._core.step()
                 self._deliver(outputs)
+                watch.seconds[CPU] = time.thread_time() - cpu_start
                 if len(outputs) != self._num_sequences:
                     raise RuntimeError(f"{len(outputs)} of {self._num_sequences} sequences decoded")
                 seconds = watch.seconds
