@@ -9,7 +9,7 @@ import numpy as np
 from trtforge.client.bench.metrics import Objectives, RunMetrics, Summary, concurrency_steps
 from trtforge.client.bench.records import RequestRecord
 from trtforge.client.bench.report import RunResult, format_number
-from trtforge.client.bench.svg import HEIGHT, Axis, Chart
+from trtforge.client.bench.svg import FRAME_HEIGHT, WIDE, Axis, Chart
 
 NUM_STYLES = 8  # colours of runs, c0 to c7
 MAX_TIMELINE_ROWS = 300
@@ -17,6 +17,8 @@ _CDF_POINTS = 200
 _CDF_TAIL = 0.002  # what of the short end may lie outside the axis
 _NAMED_PERCENTILES = (10, 25, 50, 75, 90, 99)
 _NUM_BINS = 80
+_NUM_WIDE_BINS = 160
+_CONCURRENCY_HEIGHT = 200.0
 _TIMELINE_ROW_HEIGHT = (2.0, 16.0)
 _TIMELINE_HEIGHT = 520.0
 
@@ -34,7 +36,9 @@ def cdf(name: str, runs: Sequence[RunResult], values_s: Callable[[RequestRecord]
     ]
     known = [values for values in chosen if values.size]
     bounds = [float(q) for values in known for q in np.quantile(values, [_CDF_TAIL, 1])]
-    chart = Chart(Axis.spread(f"{name}, ms", bounds), Axis("% of values", 0, 100), name=f"{name}: distribution")
+    chart = Chart(
+        Axis.spread(f"{name}, ms", bounds), Axis("% of values", 0, 100), name=f"{name}: distribution"
+    )
     for number, (run, values) in enumerate(zip(runs, chosen, strict=True)):
         if not values.size:
             continue
@@ -48,9 +52,7 @@ def cdf(name: str, runs: Sequence[RunResult], values_s: Callable[[RequestRecord]
     return chart.render()
 
 
-def sweep(
-    name: str, runs: Sequence[RunResult], summary_of: Callable[[RunMetrics], Summary | None]
-) -> str:
+def sweep(name: str, runs: Sequence[RunResult], summary_of: Callable[[RunMetrics], Summary | None]) -> str:
     """A latency against the throughput that it is paid with: p50 and p99, a dot for each run."""
     known = [(run, summary) for run in runs if (summary := summary_of(run.metrics)) is not None]
     chart = Chart(
@@ -62,7 +64,8 @@ def sweep(
         points = [(run.metrics.output_tokens_per_s, getattr(summary, column)) for run, summary in known]
         chart.line(points, style)
         for (run, _), point in zip(known, points, strict=True):
-            title = f"{run.label}: {format_number(point[0])} tokens/s, {name} {column} {format_number(point[1])} ms"
+            title = f"{run.label}: {format_number(point[0])} tokens/s, "
+            title += f"{name} {column} {format_number(point[1])} ms"
             chart.dot(point, style, title, radius=4.5)
             if column == "p99":
                 chart.text(point, run.label.removeprefix("concurrency "))
@@ -73,9 +76,14 @@ def latency_over_time(records: Sequence[RequestRecord], objectives: Objectives) 
     """TTFT and E2EL of each request at the time it was sent."""
     good = [record for record in records if record.succeeded]
     latencies = [s * 1000 for record in good for s in (record.ttft_s, record.e2el_s) if s is not None]
+    limits = {
+        name: limit
+        for name, limit in (("TTFT", objectives.ttft_ms), ("E2EL", objectives.e2el_ms))
+        if limit is not None
+    }
     chart = Chart(
-        Axis.from_zero("sent after, s", [record.end_s for record in records]),
-        Axis.spread("latency, ms", latencies),
+        Axis("sent after, s", 0, _duration_s(records)),
+        Axis.spread("latency, ms", [*latencies, *limits.values()]),
         name="Latency over time",
     )
     for record in good:
@@ -83,23 +91,21 @@ def latency_over_time(records: Sequence[RequestRecord], objectives: Objectives) 
             if seconds is not None:
                 title = f"request {record.index}: {name} {format_number(seconds * 1000)} ms"
                 chart.dot((record.sent_s, seconds * 1000), style, title)
-    if objectives.ttft_ms is not None:
-        chart.level(objectives.ttft_ms, f"TTFT limit {objectives.ttft_ms:g} ms")
-    if objectives.e2el_ms is not None:
-        chart.level(objectives.e2el_ms, f"E2EL limit {objectives.e2el_ms:g} ms")
+    for name, limit in limits.items():
+        chart.level(limit, f"{name} limit {limit:g} ms")
     return chart.render()
 
 
 def throughput_over_time(records: Sequence[RequestRecord]) -> str:
     """Output tokens a second, in equal parts of the run."""
-    duration_s = max(record.end_s for record in records)
+    duration_s = _duration_s(records)
     width_s = duration_s / _NUM_BINS
     arrivals = [(chunk.arrival_s, chunk.num_tokens) for record in records for chunk in record.chunks]
     times, weights = zip(*arrivals, strict=True) if arrivals else ((), ())
     counts, _ = np.histogram(times, bins=_NUM_BINS, range=(0, duration_s), weights=weights)
     rates = (counts / width_s).tolist()
     chart = Chart(
-        Axis.from_zero("time, s", [duration_s]), Axis.from_zero("tokens/s", rates), name="Throughput over time"
+        Axis("time, s", 0, duration_s), Axis.from_zero("tokens/s", rates), name="Throughput over time"
     )
     for number, rate in enumerate(rates):
         start, end = number * width_s, (number + 1) * width_s
@@ -109,46 +115,53 @@ def throughput_over_time(records: Sequence[RequestRecord]) -> str:
 
 
 def concurrency_over_time(records: Sequence[RequestRecord]) -> str:
-    """Requests in flight."""
-    steps = concurrency_steps(records)
-    points = []
-    before = 0
-    for time_s, number in steps:
-        points += [(time_s, before), (time_s, number)]
-        before = number
+    """Requests in flight, the mean over time in equal parts of the run."""
+    duration_s = _duration_s(records)
+    edges = np.linspace(0, duration_s, _NUM_WIDE_BINS + 1)
+    times, numbers = zip(*concurrency_steps(records), strict=True)
+    # Time times requests from the start up to each change, and by interpolation up to each edge.
+    areas = np.concatenate([[0.0], np.cumsum(np.diff(times) * numbers[:-1])])
+    means = np.diff(np.interp(edges, times, areas)) / np.diff(edges)
     chart = Chart(
-        Axis.from_zero("time, s", [time_s for time_s, _ in steps]),
-        Axis.from_zero("requests in flight", [number for _, number in steps]),
+        Axis("time, s", 0, duration_s),
+        Axis.from_zero("in flight", means.tolist()),
         name="Requests in flight over time",
+        size=(WIDE, _CONCURRENCY_HEIGHT),
     )
-    chart.line(points, "c2", area=True)
+    chart.line(
+        list(zip(((edges[:-1] + edges[1:]) / 2).tolist(), means.tolist(), strict=True)), "c2", area=True
+    )
     return chart.render()
 
 
+def _duration_s(records: Sequence[RequestRecord]) -> float:
+    return max(record.end_s for record in records)
+
+
 def timeline(records: Sequence[RequestRecord]) -> str:
-    """A bar for each request, from sending to its end: before and after the first token, or failed.
+    """A bar for each request, from sending to its end: before and after the first token; a dot if it failed.
 
     Of more than MAX_TIMELINE_ROWS requests every n-th is shown.
     """
     shown = sorted(records, key=lambda record: record.sent_s)[:: timeline_stride(records)]
     least, most = _TIMELINE_ROW_HEIGHT
     row_height = min(max(_TIMELINE_HEIGHT / len(shown), least), most)
-    frame = HEIGHT - Chart.plot_height(HEIGHT)
     chart = Chart(
-        Axis.from_zero("time, s", [record.end_s for record in records]),
+        Axis("time, s", 0, _duration_s(records)),
         Axis("requests in the order sent", 0, len(shown)),
         name="Timeline of requests",
-        height=frame + row_height * len(shown),
+        size=(WIDE, FRAME_HEIGHT + row_height * len(shown)),
         has_y_ticks=False,
     )
     for row, record in enumerate(shown):
         top, bottom = len(shown) - row - 0.1, len(shown) - row - 0.9
         first_s = record.chunks[0].arrival_s if record.chunks else record.end_s
         title = _timeline_title(record)
-        failed = "bad " if record.error else ""
-        chart.box((record.sent_s, top), (first_s, bottom), f"{failed}wait", title)
+        chart.box((record.sent_s, top), (first_s, bottom), "wait", title)
         if record.chunks:
-            chart.box((first_s, top), (record.end_s, bottom), f"{failed}answer", title)
+            chart.box((first_s, top), (record.end_s, bottom), "answer", title)
+        if record.error:  # often too short for a bar
+            chart.dot((record.end_s, (top + bottom) / 2), "bad", title, radius=3.5)
     return chart.render()
 
 

@@ -58,12 +58,12 @@ def _overview(report: BenchReport) -> Iterable[str]:
         yield _cards(runs[0].metrics)
     else:
         yield f"<h2>All runs</h2>{_overview_table(runs)}<h2>Throughput and what it costs</h2>"
-        legend = (("c0", "p50"), ("c1", "p99"))
+        percentiles = (("c0", "p50"), ("c1", "p99"))
         yield _figures(
-            _figure("TTFT against throughput", charts.sweep("TTFT", runs, lambda m: m.ttft_ms), legend),
-            _figure("ITL against throughput", charts.sweep("ITL", runs, lambda m: m.itl_ms), legend),
+            _figure("TTFT against throughput", charts.sweep("TTFT", runs, lambda m: m.ttft_ms), percentiles),
+            _figure("ITL against throughput", charts.sweep("ITL", runs, lambda m: m.itl_ms), percentiles),
         )
-    legend = [(charts.run_style(number), run.label) for number, run in enumerate(runs)]
+    legend = [(charts.run_style(number), run.label) for number, run in enumerate(runs) if len(runs) > 1]
     yield "<h2>Latencies</h2>"
     yield _figures(
         _figure(
@@ -78,16 +78,16 @@ def _overview(report: BenchReport) -> Iterable[str]:
 def _cards(metrics: RunMetrics) -> str:
     failed = sum(metrics.failures.values())
     cards = [
-        _card("Output throughput", metrics.output_tokens_per_s, "tokens/s"),
-        _card("Request throughput", metrics.requests_per_s, "requests/s"),
+        _card("Output tokens", metrics.output_tokens_per_s, "/s"),
+        _card("Requests", metrics.requests_per_s, "/s"),
     ]
     for name, summary in (("TTFT", metrics.ttft_ms), ("ITL", metrics.itl_ms), ("E2EL", metrics.e2el_ms)):
         if summary is not None:
-            more = f"p90 {format_number(summary.p90)} · p99 {format_number(summary.p99)} ms"
+            more = f"p90 {format_number(summary.p90)} · p99 {format_number(summary.p99)}"
             cards.append(_card(f"{name}, median", summary.p50, "ms", more))
     if metrics.goodput_requests_per_s is not None:
         more = f"{metrics.num_good} of {metrics.num_requests} within the limits"
-        cards.append(_card("Goodput", metrics.goodput_requests_per_s, "requests/s", more))
+        cards.append(_card("Goodput", metrics.goodput_requests_per_s, "/s", more))
     more = f"{failed} failed, {metrics.num_interrupted} interrupted"
     cards.append(
         _card("Succeeded", metrics.num_succeeded, f"of {metrics.num_requests}", more, is_bad=failed > 0)
@@ -98,8 +98,9 @@ def _cards(metrics: RunMetrics) -> str:
 def _card(name: str, value: float, unit: str, more: str = "", *, is_bad: bool = False) -> str:
     style = "card bad" if is_bad else "card"
     return (
-        f"<div class='{style}'><div class='name'>{escape(name)}</div><div class='value'>{format_number(value)}"
-        f"<small>{escape(unit)}</small></div><div class='more'>{escape(more)}</div></div>"
+        f"<div class='{style}'><div class='name'>{escape(name)}</div>"
+        f"<div class='value'>{format_number(value)}<small>{escape(unit)}</small></div>"
+        f"<div class='more'>{escape(more)}</div></div>"
     )
 
 
@@ -124,11 +125,13 @@ def _run_section(report: BenchReport, run: RunResult, *, is_only: bool) -> str:
     content = _run_charts(report, run) + _run_tables(run)
     for kind, number in run.metrics.failures.items():
         message = run.metrics.first_failures[kind]
-        content += f"<p class='problem'>{number} failed ({escape(kind)}), the first one: {escape(message)}</p>"
+        content += (
+            f"<p class='problem'>{number} failed ({escape(kind)}), the first one: {escape(message)}</p>"
+        )
     heading = f"<h2>{escape(run.label[0].upper() + run.label[1:])}</h2>"
     if is_only:
         return f"<section>{heading}{content}</section>"
-    return f"<details open='open'><summary>{heading}</summary>{content}</details>"
+    return f"<details><summary>{heading}</summary>{content}</details>"
 
 
 def _run_charts(report: BenchReport, run: RunResult) -> str:
@@ -137,7 +140,7 @@ def _run_charts(report: BenchReport, run: RunResult) -> str:
         return "<p class='problem'>No request was sent.</p>"
     stride = charts.timeline_stride(records)
     note = "one row a request" if stride == 1 else f"one row for every {stride}th request"
-    parts = (("wait", "until the first token"), ("answer", "answer"))
+    parts: tuple[tuple[str, str], ...] = (("wait", "until the first token"), ("answer", "answer"))
     if any(record.error for record in records):
         parts += (("bad", "failed or interrupted"),)
     return _figures(
@@ -154,9 +157,7 @@ def _run_charts(report: BenchReport, run: RunResult) -> str:
 
 def _run_tables(run: RunResult) -> str:
     latencies = [(escape(name), cells) for name, cells in latency_rows(run.metrics)]
-    counts = [
-        (escape(figure.name), [figure.text(run.metrics), figure.unit]) for figure in (*RATES, *COUNTS)
-    ]
+    counts = [(escape(figure.name), [figure.text(run.metrics), figure.unit]) for figure in (*RATES, *COUNTS)]
     counts.append(("load generator", [format_number(run.generator_cores), "cores"]))
     tables = [_table(("ms", *SUMMARY_COLUMNS), latencies), _table(("", "value", "unit"), counts)]
     if run.server_metrics:
@@ -174,7 +175,7 @@ def _run_tables(run: RunResult) -> str:
             if "_bucket{" not in metric.series
         ]
         tables.append(_table(("server metric", "before", "after", "change"), rows))
-    return f"<h2>Figures</h2><div class='tables'>{''.join(tables)}</div>"
+    return f"<h3 class='figures'>Figures</h3><div class='tables'>{''.join(tables)}</div>"
 
 
 # --------------------------------------------------------------------------- parts

@@ -24,15 +24,18 @@ main { max-width: 1240px; margin: 0 auto; padding: 40px 24px 64px; }
 h1 { font-size: 30px; line-height: 1.2; letter-spacing: -0.02em; margin: 0 0 6px; font-weight: 650; }
 h2 { font-size: 19px; letter-spacing: -0.01em; margin: 44px 0 14px; font-weight: 620; }
 h3 { font-size: 14px; margin: 0; font-weight: 600; }
+h3.figures { margin: 28px 0 12px; font-size: 16px; }
 p { margin: 0; }
 .lead { color: var(--muted); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 12px; margin-top: 28px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px;
+  margin-top: 28px; }
 .card, figure, .table { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
 .card { padding: 14px 16px; }
 .card .name { color: var(--muted); font-size: 13px; }
 .card .value { font-size: 26px; font-weight: 640; letter-spacing: -0.02em; line-height: 1.3; }
-.card .value small { font-size: 13px; font-weight: 450; color: var(--muted); letter-spacing: 0; margin-left: 5px; }
-.card .more { color: var(--muted); font-size: 13px; }
+.card .value small { font-size: 13px; font-weight: 450; color: var(--muted); letter-spacing: 0;
+  margin-left: 5px; }
+.card .more { color: var(--muted); font-size: 12px; }
 .card.bad .value { color: var(--bad); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 14px; }
 .wide { grid-column: 1 / -1; }
@@ -46,7 +49,7 @@ figcaption p { color: var(--muted); font-size: 13px; }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
 svg text { fill: var(--muted); font-size: 12px; }
 svg .label { font-size: 12px; }
-svg .note { font-size: 12px; fill: var(--fg); }
+svg .note { font-size: 12px; fill: var(--fg); paint-order: stroke; stroke: var(--card); stroke-width: 4px; }
 .grid { stroke: var(--line); stroke-width: 1; }
 .axis { stroke: var(--muted); stroke-width: 1; }
 .level { stroke: var(--fg); stroke-width: 1; stroke-dasharray: 4 4; opacity: 0.6; }
@@ -56,12 +59,13 @@ svg .note { font-size: 12px; fill: var(--fg); }
 .box { fill: var(--c); }
 .box.wait { opacity: 0.38; }
 .box:hover, .dot:hover { stroke: var(--fg); stroke-width: 1.5; opacity: 1; }
-.c0, .answer, .wait { --c: var(--c0); } .c1 { --c: var(--c1); } .c2 { --c: var(--c2); } .c3 { --c: var(--c3); }
-.c4 { --c: var(--c4); } .c5 { --c: var(--c5); } .c6 { --c: var(--c6); } .c7 { --c: var(--c7); }
+.c0, .answer, .wait { --c: var(--c0); } .c1 { --c: var(--c1); } .c2 { --c: var(--c2); }
+.c3 { --c: var(--c3); } .c4 { --c: var(--c4); } .c5 { --c: var(--c5); } .c6 { --c: var(--c6); }
+.c7 { --c: var(--c7); }
 .bad { --c: var(--bad); }
 li.wait::before { opacity: 0.38; }
 .table { overflow-x: auto; }
-.tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(360px, 100%), 1fr)); gap: 14px;
+.tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 14px;
   align-items: start; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td { padding: 8px 14px; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
@@ -74,7 +78,7 @@ th:first-child { text-align: left; }
 .swatch { display: inline-block; width: 10px; height: 10px; border-radius: 3px; background: var(--c);
   margin-right: 8px; }
 .problem { color: var(--bad); margin-top: 10px; }
-details { margin-top: 44px; }
+details { margin-top: 20px; }
 details h2 { display: inline; }
 summary { cursor: pointer; margin-bottom: 14px; }
 @media print { body { background: none; } figure, .table, .card { break-inside: avoid; } }

@@ -29,7 +29,7 @@ class UniformLength:
 
     def sample(self, num: int, rng: np.random.Generator) -> IntArray:
         """[num] lengths in tokens."""
-        return rng.integers(self.low, self.high, num, endpoint=True)
+        return rng.integers(self.low, self.high + 1, num, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,8 @@ class LognormalLength:
     def sample(self, num: int, rng: np.random.Generator) -> IntArray:
         """[num] lengths in tokens, at least 1."""
         mu = math.log(self.mean) - self.sigma**2 / 2
-        return np.maximum(np.rint(rng.lognormal(mu, self.sigma, num)), 1).astype(np.int64)
+        lengths: IntArray = np.maximum(np.rint(rng.lognormal(mu, self.sigma, num)), 1).astype(np.int64)
+        return lengths
 
 
 Length = UniformLength | LognormalLength

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -149,8 +150,8 @@ def concurrency_steps(records: Sequence[RequestRecord]) -> list[tuple[float, int
     changes = [(record.sent_s, 1) for record in records] + [(record.end_s, -1) for record in records]
     # Of those at the same time, ends come first.
     changes.sort()
-    in_flight = np.cumsum([change for _, change in changes]) if changes else []
-    return [(time, int(number)) for (time, _), number in zip(changes, in_flight, strict=True)]
+    in_flight = itertools.accumulate(change for _, change in changes)
+    return [(time, number) for (time, _), number in zip(changes, in_flight, strict=True)]
 
 
 def peak_concurrency(records: Sequence[RequestRecord]) -> int:

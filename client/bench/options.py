@@ -82,7 +82,9 @@ IgnoreEos = Annotated[
     bool, typer.Option(help="Go on after the end of sequence, so that answers are as long as asked for.")
 ]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the server's")]
-Timeout = Annotated[float | None, typer.Option(min=0.001, help="Seconds a request may take.", show_default=False)]
+Timeout = Annotated[
+    float | None, typer.Option(min=0.001, help="Seconds a request may take.", show_default=False)
+]
 Goodput = Annotated[
     list[str] | None,
     typer.Option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,6 +75,6 @@ def token_gaps_s(chunks: Sequence[TokenChunk]) -> list[float]:
     its further tokens have gaps of 0.
     """
     gaps = [0.0] * (chunks[0].num_tokens - 1) if chunks else []
-    for before, chunk in zip(chunks, chunks[1:], strict=False):
+    for before, chunk in itertools.pairwise(chunks):
         gaps += [(chunk.arrival_s - before.arrival_s) / chunk.num_tokens] * chunk.num_tokens
     return gaps

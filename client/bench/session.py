@@ -173,6 +173,8 @@ class _Bar:
             refresh_per_second=2,
         )
         self._task = self._progress.add_task(label, total=total, state="")
+        if not console.is_terminal:  # where a bar is drawn only at its end
+            console.print(f"{label}: sending {total} requests")
         self._num_tokens = 0
         self._num_failed = 0
 

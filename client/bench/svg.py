@@ -10,8 +10,11 @@ from html import escape
 Point = tuple[float, float]
 
 WIDTH = 640.0
+WIDE = 1240.0
 HEIGHT = 280.0
+# What a chart needs around its marks.
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 14.0, 12.0, 44.0
+FRAME_HEIGHT = _TOP + _BOTTOM
 _NUM_TICKS = 6
 # A logarithmic axis over less than this has too few round numbers to be read.
 _LEAST_LOG_RATIO = 8.0
@@ -38,7 +41,7 @@ class Axis:
         """Logarithmic if the values are positive and far apart, else from 0."""
         known = list(values)
         if known and min(known) > 0 and max(known) / min(known) >= _LEAST_LOG_RATIO:
-            return cls(label, min(known), max(known), is_log=True)
+            return cls(label, _round_down(min(known)), _round_step(max(known)), is_log=True)
         return cls.from_zero(label, known)
 
     def fraction(self, value: float) -> float:
@@ -65,6 +68,12 @@ def _round_step(least: float) -> float:
     return next(digit * power for digit in (1, 2, 2.5, 5, 10) if digit * power >= least * (1 - 1e-9))
 
 
+def _round_down(most: float) -> float:
+    """1, 2 or 5 times a power of ten, at most `most`."""
+    power = 10.0 ** math.floor(math.log10(most))
+    return next(digit * power for digit in (5, 2, 1) if digit * power <= most * (1 + 1e-9))
+
+
 def format_tick(value: float) -> str:
     """As short as it can be."""
     if abs(value) >= 10_000:
@@ -73,23 +82,29 @@ def format_tick(value: float) -> str:
 
 
 class Chart:
-    """One chart; marks are drawn in the order of the calls. `style` is a CSS class, `title` shows on hover."""
+    """One chart; marks are drawn in the order of the calls.
 
-    def __init__(self, x: Axis, y: Axis, *, name: str, height: float = HEIGHT, has_y_ticks: bool = True) -> None:
+    `style` is a CSS class, `title` shows on hover.
+    """
+
+    def __init__(
+        self,
+        x: Axis,
+        y: Axis,
+        *,
+        name: str,
+        size: tuple[float, float] = (WIDTH, HEIGHT),
+        has_y_ticks: bool = True,
+    ) -> None:
         self._x, self._y = x, y
         self._name = name
-        self._height = height
+        self._width, self._height = size
         self._has_y_ticks = has_y_ticks
         self._marks: list[str] = []
 
-    @staticmethod
-    def plot_height(height: float) -> float:
-        """What is left of a chart's height for its marks."""
-        return height - _TOP - _BOTTOM
-
     def _at(self, point: Point) -> Point:
-        x = _LEFT + self._x.fraction(point[0]) * (WIDTH - _LEFT - _RIGHT)
-        y = self._height - _BOTTOM - self._y.fraction(point[1]) * self.plot_height(self._height)
+        x = _LEFT + self._x.fraction(point[0]) * (self._width - _LEFT - _RIGHT)
+        y = self._height - _BOTTOM - self._y.fraction(point[1]) * (self._height - _TOP - _BOTTOM)
         return round(x, 1), round(y, 1)
 
     def line(self, points: Sequence[Point], style: str, *, area: bool = False) -> None:
@@ -100,9 +115,8 @@ class Chart:
         path = "M" + "L".join(f"{x:g} {y:g}" for x, y in pixels)
         if area:
             bottom = self._height - _BOTTOM
-            self._marks.append(
-                f'<path class="area {style}" d="{path}L{pixels[-1][0]:g} {bottom:g}L{pixels[0][0]:g} {bottom:g}Z"/>'
-            )
+            close = f"L{pixels[-1][0]:g} {bottom:g}L{pixels[0][0]:g} {bottom:g}Z"
+            self._marks.append(f'<path class="area {style}" d="{path}{close}"/>')
         self._marks.append(f'<path class="line {style}" d="{path}"/>')
 
     def dot(self, point: Point, style: str, title: str, radius: float = 3) -> None:
@@ -128,7 +142,7 @@ class Chart:
     def level(self, y: float, text: str) -> None:
         """A dashed horizontal line with a text at its right end."""
         left, height = self._at((self._x.low, y))
-        right = WIDTH - _RIGHT
+        right = self._width - _RIGHT
         self._marks.append(
             f'<line class="level" x1="{left:g}" x2="{right:g}" y1="{height:g}" y2="{height:g}"/>'
             f'<text class="note" x="{right:g}" y="{height - 5:g}" text-anchor="end">{escape(text)}</text>'
@@ -138,7 +152,8 @@ class Chart:
         """The SVG element."""
         return "".join(
             [
-                f'<svg viewBox="0 0 {WIDTH:g} {self._height:g}" role="img" aria-label="{escape(self._name)}">',
+                f'<svg viewBox="0 0 {self._width:g} {self._height:g}" role="img" ',
+                f'aria-label="{escape(self._name)}">',
                 *self._grid(),
                 *self._marks,
                 "</svg>",
@@ -146,7 +161,7 @@ class Chart:
         )
 
     def _grid(self) -> Iterable[str]:
-        bottom, right = self._height - _BOTTOM, WIDTH - _RIGHT
+        bottom, right = self._height - _BOTTOM, self._width - _RIGHT
         for tick in self._x.ticks():
             x = self._at((tick, self._y.low))[0]
             yield f'<line class="grid" x1="{x:g}" x2="{x:g}" y1="{_TOP:g}" y2="{bottom:g}"/>'
@@ -157,7 +172,10 @@ class Chart:
             yield f'<text x="{_LEFT - 8:g}" y="{y + 4:g}" text-anchor="end">{format_tick(tick)}</text>'
         yield f'<line class="axis" x1="{_LEFT:g}" x2="{right:g}" y1="{bottom:g}" y2="{bottom:g}"/>'
         middle = (_LEFT + right) / 2
-        yield f'<text class="label" x="{middle:g}" y="{self._height - 8:g}" text-anchor="middle">{escape(self._x.label)}</text>'
+        yield (
+            f'<text class="label" x="{middle:g}" y="{self._height - 8:g}" text-anchor="middle">'
+            f"{escape(self._x.label)}</text>"
+        )
         middle = (_TOP + bottom) / 2
         yield (
             f'<text class="label" transform="rotate(-90)" x="{-middle:g}" y="13" text-anchor="middle">'

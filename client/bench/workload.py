@@ -20,11 +20,12 @@ WARM_UP = 0  # the number of the warm-up among the runs of a command
 # What a seed is used for: each has a stream of random numbers of its own.
 _LENGTHS, _PROMPTS, _PREFIX, _ROWS = range(4)
 # Short, frequent words: about one token each in the vocabularies of language models.
-_WORDS = (
+_FREQUENT = (
     "the of and to in is that for it was on are as with his they at be this from have or by one had not but "
     "what all were when we there can an your which their said if do will each about how up out them then she "
     "many some so these would other into has more her two like him see time could no make than first been"
-).split()
+)
+_WORDS = _FREQUENT.split()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class Workload:
         ]
 
     def _tokens(self, num: int, rng: np.random.Generator) -> list[int]:
-        return rng.integers(0, self.vocab_size, num).tolist()
+        return [int(token_id) for token_id in rng.integers(0, self.vocab_size, num)]
 
     def _prompt(self, token_ids: list[int]) -> Prompt:
         if self.prompt_form == "ids":
@@ -96,7 +97,7 @@ class Workload:
 
 
 class DatasetRow(BaseModel):
-    """A line of a dataset: one of `prompt`, `messages` and `input_ids`; the answer's length if it is known."""
+    """A line of a dataset: one of `prompt`, `messages` and `input_ids`, and the answer's length if known."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
