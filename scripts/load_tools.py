@@ -16,11 +16,15 @@ import random
 import statistics
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 NS_PER_MS = 1e6
-HEADS = ("tool", "requests/s", "tokens/s", "TTFT mean", "p50", "p99", "ITL mean", "p50", "p99", "E2EL mean")
+HEADS = (
+    *("req/s", "tokens/s", "out len"),
+    *("TTFT", "p50", "p99", "TPOT", "p50", "p99", "gap p99", "E2EL"),
+)
 
 
 def vocab_size(repository: Path, model: str) -> int:
@@ -50,64 +54,84 @@ def perf_analyzer_input(
     }
 
 
-# --------------------------------------------------------------------------- results, as rows of HEADS
+# --------------------------------------------------------------------------- results
 
 
-def perf_analyzer_row(path: Path) -> list[float]:
+@dataclass(frozen=True)
+class Row:
+    """A tool's figures for one run, latencies in ms; None where it has no such figure."""
+
+    requests_per_s: float
+    tokens_per_s: float
+    tokens_each: float  # of an answer, as the tool counts them
+    ttft_mean: float
+    ttft_p50: float
+    ttft_p99: float
+    tpot_mean: float
+    tpot_p50: float
+    tpot_p99: float
+    gap_p99: float | None  # of the gaps between tokens, where tools keep them
+    e2el_mean: float
+
+
+def perf_analyzer_row(path: Path) -> Row:
     """From the times of every response: perf_analyzer's own output knows no tokens.
 
     Each response is taken for one token.
     """
     (experiment,) = json.loads(path.read_text())["experiments"]
-    requests = experiment["requests"]
-    responses = [request["response_timestamps"] for request in requests]
-    ttfts = [times[0] - request["timestamp"] for request, times in zip(requests, responses, strict=True)]
-    gaps = [after - before for times in responses for before, after in itertools.pairwise(times)]
-    e2els = [times[-1] - request["timestamp"] for request, times in zip(requests, responses, strict=True)]
-    start = min(request["timestamp"] for request in requests)
-    duration_s = (max(times[-1] for times in responses) - start) / 1e9
-    return [
-        len(requests) / duration_s,
-        sum(map(len, responses)) / duration_s,
-        *_summary(ttfts),
-        *_summary(gaps),
-        statistics.fmean(e2els) / NS_PER_MS,
-    ]
+    starts = [request["timestamp"] / NS_PER_MS for request in experiment["requests"]]
+    answers = [[ns / NS_PER_MS for ns in r["response_timestamps"]] for r in experiment["requests"]]
+    duration_s = (max(times[-1] for times in answers) - min(starts)) / 1000
+    num_tokens = sum(map(len, answers))
+    gaps = [after - before for times in answers for before, after in itertools.pairwise(times)]
+    return Row(
+        len(starts) / duration_s,
+        num_tokens / duration_s,
+        num_tokens / len(answers),
+        *_summary([times[0] - start for start, times in zip(starts, answers, strict=True)]),
+        *_summary([(times[-1] - times[0]) / (len(times) - 1) for times in answers if len(times) > 1]),
+        _summary(gaps)[2],
+        statistics.fmean(times[-1] - start for start, times in zip(starts, answers, strict=True)),
+    )
 
 
-def _summary(values_ns: list[int]) -> tuple[float, float, float]:
-    percentiles = statistics.quantiles(values_ns, n=100, method="inclusive")
-    mean = statistics.fmean(values_ns)
-    return mean / NS_PER_MS, percentiles[49] / NS_PER_MS, percentiles[98] / NS_PER_MS
+def _summary(values: list[float]) -> tuple[float, float, float]:
+    percentiles = statistics.quantiles(values, n=100, method="inclusive")
+    return statistics.fmean(values), percentiles[49], percentiles[98]
 
 
-def perf_row(path: Path) -> list[float]:
-    """genai-perf and aiperf write the same names."""
+def perf_row(path: Path) -> Row:
+    """genai-perf and aiperf write the same names. Their inter-token latency is what others call TPOT."""
     data = json.loads(path.read_text())
-    return [
+    return Row(
         data["request_throughput"]["avg"],
         data["output_token_throughput"]["avg"],
+        data["output_sequence_length"]["avg"],
         *(data["time_to_first_token"][name] for name in ("avg", "p50", "p99")),
         *(data["inter_token_latency"][name] for name in ("avg", "p50", "p99")),
+        None,
         data["request_latency"]["avg"],
-    ]
+    )
 
 
-def bench_row(path: Path) -> list[float]:
+def bench_row(path: Path) -> Row:
     """trtforge bench."""
     (run,) = json.loads(path.read_text())["runs"]
     metrics = run["metrics"]
-    return [
+    return Row(
         metrics["requests_per_s"],
         metrics["output_tokens_per_s"],
+        metrics["num_output_tokens"] / metrics["num_succeeded"],
         *(metrics["ttft_ms"][name] for name in ("mean", "p50", "p99")),
-        *(metrics["itl_ms"][name] for name in ("mean", "p50", "p99")),
+        *(metrics["tpot_ms"][name] for name in ("mean", "p50", "p99")),
+        metrics["itl_ms"]["p99"],
         metrics["e2el_ms"]["mean"],
-    ]
+    )
 
 
 # Which file in a concurrency's folder is whose, and how to read it.
-RESULTS: tuple[tuple[str, str, Callable[[Path], list[float]]], ...] = (
+RESULTS: tuple[tuple[str, str, Callable[[Path], Row]], ...] = (
     ("trtforge bench", "bench.json", bench_row),
     ("perf_analyzer", "perf_analyzer.json", perf_analyzer_row),
     ("genai-perf tensorrtllm", "genai-perf-tensorrtllm/**/*_genai_perf.json", perf_row),
@@ -119,13 +143,13 @@ RESULTS: tuple[tuple[str, str, Callable[[Path], list[float]]], ...] = (
 def table(folder: Path) -> Iterable[str]:
     """A Markdown table for each concurrency; tools without a result are left out."""
     for run in sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: int(path.name)):
-        yield f"\nconcurrency {run.name}; latencies in ms\n"
-        yield f"| {HEADS[0]:22} | " + " | ".join(f"{head:>10}" for head in HEADS[1:]) + " |"
-        yield "|".join(["", "-" * 24, *["-" * 11 + ":"] * (len(HEADS) - 1), ""])
+        yield f"\nconcurrency {run.name}; latencies in ms, means where not said otherwise\n"
+        yield f"| {'tool':22} | " + " | ".join(f"{head:>8}" for head in HEADS) + " |"
+        yield "|".join(["", "-" * 24, *["-" * 9 + ":"] * len(HEADS), ""])
         for name, pattern, read in RESULTS:
             for path in sorted(run.glob(pattern))[:1]:
-                cells = " | ".join(f"{value:10.2f}" for value in read(path))
-                yield f"| {name:22} | {cells} |"
+                cells = ["–" if value is None else f"{value:.1f}" for value in astuple(read(path))]
+                yield f"| {name:22} | " + " | ".join(f"{cell:>8}" for cell in cells) + " |"
 
 
 def main() -> int:
