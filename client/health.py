@@ -11,8 +11,8 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from trtforge import wire
-from trtforge.client import protocol
-from trtforge.client.protocol import Prompt, SamplingOptions
+from trtforge.client import answers, protocol
+from trtforge.client.protocol import Prompt, RequestOptions, SamplingOptions
 from trtforge.client.streaming import Client
 from trtforge.errors import ServerError
 
@@ -49,14 +49,19 @@ def list_models(url: str, timeout_s: float) -> tuple[str, ...]:
         try:
             index = stub.RepositoryIndex(service_pb2.RepositoryIndexRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
-            raise protocol.rpc_error(error, url) from error
+            raise answers.rpc_error(error, url) from error
     return tuple(sorted({model.name for model in index.models}))
 
 
 def probe(url: str, model: str, timeout_s: float) -> tuple[Verdict, str]:
     """Ask for one token; the verdict, and what the server said."""
     request = protocol.infer_request(
-        model, Prompt("Hello"), SamplingOptions(max_tokens=1), stream=False, request_id="probe"
+        model,
+        Prompt("Hello"),
+        SamplingOptions(max_tokens=1),
+        RequestOptions(),
+        stream=False,
+        request_id="probe",
     )
     with grpc.insecure_channel(url, options=protocol.CHANNEL_OPTIONS) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from trtforge import __version__
+from trtforge.client.bench.command import bench
 from trtforge.client.commands import ask, health, serve
 from trtforge.errors import TrtforgeError
 
@@ -61,6 +62,7 @@ def build(context: typer.Context) -> None:
 app.command()(serve)
 app.command()(health)
 app.command()(ask)
+app.command()(bench)
 
 
 def _builder() -> typer.Typer:
