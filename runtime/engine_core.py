@@ -177,8 +177,8 @@ class EngineCore:
         )
         self._give_sampling_states(sequence, grammar)
         self._scheduler.add(sequence)
-        timeout_s = request.timeout_s or self._options.default_timeout_s
         answers = [sequence, *sequence.followers]
+        timeout_s = request.timeout_s or 0.0
         self._requests.add(OpenRequest(request.request_id, answers, self._clock(), timeout_s))
 
     def cancel(self, request_id: str, index: int | None = None) -> None:

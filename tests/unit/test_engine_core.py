@@ -444,12 +444,10 @@ class Clock:
 
 def test_timeouts_end_requests_whether_they_wait_or_run() -> None:
     clock = Clock()
-    core = new_core(
-        FakeExecutor(VOCAB_SIZE, 100, 4), EngineOptions(default_timeout_s=9.0), max_num_seqs=1, clock=clock
-    )
+    core = new_core(FakeExecutor(VOCAB_SIZE, 100, 4), max_num_seqs=1, clock=clock)
     core.add_request(replace(greedy("runs", (1, 2), 50), timeout_s=2.0))
     core.add_request(replace(greedy("waits", (1, 2), 50), timeout_s=1.0))
-    core.add_request(greedy("default", (1, 2), 2))
+    core.add_request(greedy("patient", (1, 2), 2))
     outputs = []
     for clock.now_s in (100.0, 100.9, 101.0, 101.9, 102.0):
         outputs += core.step()
@@ -460,7 +458,7 @@ def test_timeouts_end_requests_whether_they_wait_or_run() -> None:
         "runs": ("the request's timeout of 2 s has passed", "timeout"),
     }
     outputs += run_to_end(core)
-    assert tokens_of(outputs, "default")[1] == "length"
+    assert tokens_of(outputs, "patient")[1] == "length"
     # The id can be used again, and the old deadline is not the new request's.
     core.add_request(replace(greedy("runs", (1, 2), 2), timeout_s=60.0))
     clock.now_s += 9.0
