@@ -39,7 +39,6 @@ class _StepInFlight:
     """A step that the executor works on."""
 
     scheduled: SchedulerOutput
-    samples: list[bool]  # for each sequence: whether the step gives its next token
     num_logits: int
     future: Future[tuple[ModelOutputs, float]]
 
@@ -299,16 +298,11 @@ class EngineCore:
         if not scheduled.sequences:
             return
         inputs = build_model_inputs(scheduled, self._block_size)
-        samples = []
-        for sequence, start, num_tokens in zip(
-            scheduled.sequences, scheduled.starts, scheduled.num_scheduled_tokens, strict=True
-        ):
-            is_last = start + num_tokens == len(sequence.token_ids)
-            samples.append(is_last)
+        for sequence, is_last in zip(scheduled.sequences, scheduled.samples, strict=True):
             if is_last:
                 sequence.token_ids.append(0)
         future = self._worker.submit(self._execute, inputs)
-        self._in_flight = _StepInFlight(scheduled, samples, len(inputs.logits_indices), future)
+        self._in_flight = _StepInFlight(scheduled, len(inputs.logits_indices), future)
 
     def _execute(self, inputs: ModelInputs) -> tuple[ModelOutputs, float]:
         """In the worker's thread."""
@@ -328,4 +322,4 @@ class EngineCore:
             logger.exception("executor failed; ended requests %s", sorted(request_ids))
             problem = f"the executor failed: {type(error).__name__}: {error}"
             return self._results.fail(step.scheduled.sequences, problem), 0.0
-        return self._results.apply(step.scheduled, step.samples, outputs), executor_s
+        return self._results.apply(step.scheduled, outputs), executor_s

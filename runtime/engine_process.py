@@ -10,6 +10,7 @@ that requests in flight can finish while the server shuts down.
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import queue
@@ -119,6 +120,7 @@ def _serve(model_dir: Path, options: EngineOptions, channel: EngineChannel, inbo
         logger.exception("loading %s failed", model_dir)
         channel.send(StartupFailed(f"loading {model_dir} failed: {type(error).__name__}: {error}"))
         return TrtforgeError.exit_code
+    gc.freeze()  # what was made so far stays: the collector need not look at it again
     spec = executor.kv_cache_spec()
     channel.send(Ready(num_blocks=spec.num_blocks, block_size=spec.block_size))
     run(core, channel, inbox, grammars, StepWatchdog(options.step_timeout_s))

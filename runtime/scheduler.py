@@ -34,15 +34,16 @@ class SchedulerOutput:
     """One step: which sequences run, in the order their tokens are packed.
 
     The lists are parallel. The tokens of a sequence are those from `starts` on; its `num_computed_tokens`
-    counts them already.
+    counts them already. A sequence `samples` if they are the last it has: the step gives its next one.
     """
 
     sequences: list[Sequence] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     num_scheduled_tokens: list[int] = field(default_factory=list)
+    samples: list[bool] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)  # those that were waiting before
     moves: BlockMoves = field(default_factory=BlockMoves)
-    wants_more_logits: bool = False  # than one row of each sequence
+    is_plain: bool = True  # one row of logits, and one token from it at most, for each sequence
 
     def drop_finished(self) -> None:
         """Take out the sequences that have finished since they were scheduled."""
@@ -51,6 +52,7 @@ class SchedulerOutput:
             self.sequences = [self.sequences[index] for index in kept]
             self.starts = [self.starts[index] for index in kept]
             self.num_scheduled_tokens = [self.num_scheduled_tokens[index] for index in kept]
+            self.samples = [self.samples[index] for index in kept]
 
     def append(self, sequence: Sequence, num_tokens: int) -> None:
         """Schedule the sequence's next tokens."""
@@ -58,8 +60,9 @@ class SchedulerOutput:
         self.starts.append(sequence.num_computed_tokens)
         self.num_scheduled_tokens.append(num_tokens)
         sequence.num_computed_tokens += num_tokens
-        if sequence.num_draft_tokens or sequence.sampling.prompt_logprobs is not None:
-            self.wants_more_logits = True
+        self.samples.append(sequence.num_computed_tokens == len(sequence.token_ids))
+        if sequence.num_draft_tokens or sequence.followers or sequence.sampling.prompt_logprobs is not None:
+            self.is_plain = False
 
 
 class Scheduler:
@@ -221,11 +224,7 @@ class Scheduler:
         kv_cache = self._kv_cache
         has_window = kv_cache.has_window
         append = output.append
-        running = self._running
-        index = 0
-        while index < len(running):  # preemption shortens the list, from its end
-            sequence = running[index]
-            index += 1
+        for sequence in self._running:  # preemption shortens the list, from its end
             num_known = len(sequence.token_ids)
             num_tokens = num_known - sequence.num_computed_tokens
             if num_tokens > 1 + sequence.num_draft_tokens:
@@ -274,6 +273,7 @@ class Scheduler:
         num_tokens = min(budget, len(sequence.token_ids) - sequence.num_computed_tokens)
         output.num_scheduled_tokens[index] += num_tokens
         sequence.num_computed_tokens += num_tokens
+        output.samples[index] = sequence.num_computed_tokens == len(sequence.token_ids)
         return num_tokens
 
     def _shorten_drafts(self, sequence: Sequence, num_tokens: int) -> int:

@@ -35,15 +35,21 @@ class StepResults:
         self.num_draft_tokens = 0  # checked so far
         self.num_accepted_tokens = 0  # of which the model agreed with
 
-    def apply(
-        self, scheduled: SchedulerOutput, samples: list[bool], outputs: ModelOutputs
-    ) -> list[EngineOutput]:
+    def apply(self, scheduled: SchedulerOutput, outputs: ModelOutputs) -> list[EngineOutput]:
         """Sample, and move on the sequences that have not finished while the step ran.
 
-        `samples` says of each sequence whether the step gives its next token, for which a placeholder stands
-        at the end of its tokens.
+        For the next token of a sequence that samples a placeholder stands at the end of its tokens.
         """
         results: list[EngineOutput] = []
+        self._cache_full_blocks(scheduled)
+        sample = self._sample_one_each if scheduled.is_plain else self._sample_any
+        new_tokens = sample(scheduled, outputs, results)
+        for sequence, token_ids, logprobs in new_tokens:
+            if sequence.status != "finished":
+                self._extend(sequence, token_ids, logprobs, results)
+        return results
+
+    def _cache_full_blocks(self, scheduled: SchedulerOutput) -> None:
         block_size = self._kv_cache.block_size
         for sequence, start, num_tokens in zip(
             scheduled.sequences, scheduled.starts, scheduled.num_scheduled_tokens, strict=True
@@ -51,14 +57,6 @@ class StepResults:
             end = start + num_tokens - sequence.num_draft_tokens
             if end >= (sequence.num_cached_blocks + 1) * block_size and sequence.status == "running":
                 self._kv_cache.cache_full_blocks(sequence, end)
-        if scheduled.wants_more_logits or any(sequence.followers for sequence in scheduled.sequences):
-            new_tokens = self._sample_any(scheduled, samples, outputs, results)
-        else:
-            new_tokens = self._sample_one_each(scheduled, samples, outputs)
-        for sequence, token_ids, logprobs in new_tokens:
-            if sequence.status != "finished":
-                self._extend(sequence, token_ids, logprobs, results)
-        return results
 
     def fail(self, sequences: Iterable[Sequence], problem: str) -> list[EngineOutput]:
         """End the requests of the sequences that have not finished."""
@@ -84,31 +82,42 @@ class StepResults:
     # ------------------------------------------------------------------ sampling
 
     def _sample_one_each(
-        self, scheduled: SchedulerOutput, samples: list[bool], outputs: ModelOutputs
+        self, scheduled: SchedulerOutput, outputs: ModelOutputs, results: list[EngineOutput]
     ) -> Iterable[_NewTokens]:
-        """Row i of the logits belongs to sequence i. Those of unfinished prefills are sampled and dropped."""
+        """Row i of the logits belongs to sequence i. Those of unfinished prefills are sampled and dropped.
+
+        Most tokens are nothing but one more: their outputs are made on the spot, and only the others come
+        back.
+        """
         sequences = scheduled.sequences
         states = [
             sequence.sampling_state if is_last else None
-            for sequence, is_last in zip(sequences, samples, strict=True)
+            for sequence, is_last in zip(sequences, scheduled.samples, strict=True)
         ]
         lengths = [len(sequence.token_ids) - 1 for sequence in sequences]
         sampled = self._sampler.sample(outputs.logits, states, lengths, argmax=outputs.argmax)
         logprobs = sampled.logprobs
-        return [
-            (sequence, [token_id], None if logprobs is None else logprobs[row : row + 1])
-            for row, (sequence, is_last, token_id) in enumerate(
-                zip(sequences, samples, sampled.token_ids, strict=True)
-            )
-            if is_last
-        ]
+        others: list[_NewTokens] = []
+        for row, (sequence, is_last, token_id, length) in enumerate(
+            zip(sequences, scheduled.samples, sampled.token_ids, lengths, strict=True)
+        ):
+            if not is_last or sequence.status == "finished":
+                continue
+            if (
+                states[row] is not None
+                or token_id < 0
+                or token_id in sequence.stop_token_ids
+                or length + 1 >= sequence.max_num_tokens
+                or length == sequence.num_prompt_tokens
+            ):
+                others.append((sequence, [token_id], None if logprobs is None else logprobs[row : row + 1]))
+                continue
+            sequence.token_ids[length] = token_id
+            results.append(EngineOutput(sequence.request_id, (token_id,), None, sequence.order[2]))
+        return others
 
     def _sample_any(
-        self,
-        scheduled: SchedulerOutput,
-        samples: list[bool],
-        outputs: ModelOutputs,
-        results: list[EngineOutput],
+        self, scheduled: SchedulerOutput, outputs: ModelOutputs, results: list[EngineOutput]
     ) -> Iterable[_NewTokens]:
         """Sequences may have rows for drafts and prompt tokens, and be followed by others."""
         states: list[SamplingState | None] = []
@@ -117,7 +126,11 @@ class StepResults:
         answers: list[tuple[Sequence, int]] = []  # and how many rows are sampled for it
         row = 0
         for sequence, start, num_tokens, is_last in zip(
-            scheduled.sequences, scheduled.starts, scheduled.num_scheduled_tokens, samples, strict=True
+            scheduled.sequences,
+            scheduled.starts,
+            scheduled.num_scheduled_tokens,
+            scheduled.samples,
+            strict=True,
         ):
             end = row + num_logits(sequence, num_tokens)
             if sequence.wants_prompt_logprobs and sequence.status != "finished":
