@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+from common import Figure, describe_machine, finish
 
-from benchmarks.common import Figure, describe_machine, finish
 from trtforge.engine_options import EngineOptions
 from trtforge.runtime import engine_client
 from trtforge.runtime.engine_client import EngineClient

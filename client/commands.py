@@ -1,4 +1,4 @@
-"""The commands `serve` and `ask`. What they need is imported when they run, so that `--help` is fast."""
+"""The commands `serve`, `health` and `ask`. What they need is imported when they run: `--help` is fast."""
 
 from __future__ import annotations
 
@@ -49,17 +49,29 @@ def serve(
     exit_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds that requests in flight get when the server is stopped.")
     ] = 30.0,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="How often in a row a server that failed is started again.")
+    ] = 5,
+    hang_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds without answer and progress after which a model is taken for dead; 0: never. "
+            "More than its step_timeout_s.",
+        ),
+    ] = 600.0,
 ) -> None:
     """Serve a model repository with a real tritonserver until Ctrl-C or SIGTERM.
 
-    Takes the tritonserver on PATH, else the embedded one of the wheel nvidia-pytriton.
+    Takes the tritonserver on PATH, else the embedded one of the wheel nvidia-pytriton. A server that dies,
+    or a model that no longer answers, is started again. The first signal lets requests in flight finish,
+    the second ends them.
     """
     if log_file is not None and verbose:
         raise ConfigError("--log-file and --verbose exclude each other: the server has one log")
+    from trtforge.client.supervisor import RestartPolicy, Supervisor
     from trtforge.client.triton_server import Ports, TritonServer
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
     server = TritonServer(
         repository,
         host=host,
@@ -69,20 +81,30 @@ def serve(
         start_timeout_s=start_timeout,
         exit_timeout_s=exit_timeout,
     )
+    supervisor = Supervisor(server, RestartPolicy(max_restarts, hang_timeout), _report)
+    _stop_on_signals(server)
     try:
         print(f"Starting tritonserver on {repository} ...", flush=True)
-        with server:
-            print(_ready_message(server), flush=True)
-            server.wait()
+        supervisor.run(on_ready=lambda: print(_ready_message(server), flush=True))
     except KeyboardInterrupt:
+        server.stop()  # the signal may have come while it was stopped to be started again
         print("Stopped.", flush=True)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    # Stopping takes a bounded time and must not be interrupted half-way.
-    for other in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(other, signal.SIG_IGN)
-    raise KeyboardInterrupt
+def _report(message: str) -> None:
+    print(f"trtforge: {message}", file=sys.stderr, flush=True)
+
+
+def _stop_on_signals(server: TritonServer) -> None:
+    """The first signal raises KeyboardInterrupt, which lets requests finish; the next ones end them."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for other in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(other, lambda *_: server.kill())
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
 
 
 def _ready_message(server: TritonServer) -> str:
@@ -99,6 +121,22 @@ def _ready_message(server: TritonServer) -> str:
         f"Try:       {command}\n"
         "Ctrl-C stops the server."
     )
+
+
+def health(
+    url: Annotated[str, typer.Option(help="Host and gRPC port of the server.")] = DEFAULT_URL,
+    model: Annotated[
+        str | None, typer.Option(help="Ask this model; without it, every one.", show_default=False)
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that each model has to answer.")] = 10.0,
+) -> None:
+    """Ask every model of a server for one token. The exit code is 0 only if all have answered.
+
+    6 means that a model has no room now: it is full, or its engine is being started again.
+    """
+    from trtforge.client.health import check_health
+
+    print(f"Healthy: {', '.join(check_health(url, model, timeout))}")
 
 
 def ask(

@@ -1,11 +1,12 @@
 """Run one command so that it cannot outlive the process that wants it.
 
-    python process_guard.py STOP_TIMEOUT_S SHM_PREFIX WORK_FOLDER COMMAND...
+    python process_guard.py DRAIN_TIMEOUT_S SHM_PREFIX WORK_FOLDER COMMAND...
 
 A program of its own, started by `trtforge.client.triton_server`, that uses the standard library only.
-Standard input is the lifeline: when it closes, because the owner asks for a stop or is gone however it
-died, the command gets SIGTERM and later its whole process group SIGKILL. What the command left in
-shared memory is removed. The guard ends with the command's exit status.
+Standard input is the lifeline and takes orders. STOP, or its end when the owner is gone however it died:
+the command gets SIGTERM and has DRAIN_TIMEOUT_S to finish its requests. Those that are left then fail,
+because their engines are ended, and the command can still stop in order. KILL: it ends at once. Nothing
+of the command stays behind, neither processes nor shared memory. The guard ends with its exit status.
 """
 
 from __future__ import annotations
@@ -20,11 +21,35 @@ import sys
 import time
 from pathlib import Path
 
-OWNER_POLL_S = 0.1
-EXIT_POLL_S = 0.02
+STOP = b"S"
+KILL = b"K"
+# What a server takes to stop when no request keeps it.
+STOP_TIMEOUT_S = 10.0
+ENGINE_MODULE = b"trtforge.runtime.engine_process"
+# Ends an engine; its client knows from the signal that the time to finish is over.
+CUT_OFF_SIGNAL = signal.SIGUSR1
+
+ORDER_POLL_S = 0.02
 REAP_TIMEOUT_S = 5.0
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+
+
+class Lifeline:
+    """Standard input, the owner's orders."""
+
+    def __init__(self) -> None:
+        self.orders = b""
+        self.owner_left = False
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait for an order."""
+        if self.owner_left:
+            time.sleep(timeout_s)
+        elif select.select([sys.stdin], [], [], timeout_s)[0]:
+            received = os.read(sys.stdin.fileno(), 64)
+            self.owner_left = not received
+            self.orders += received or STOP
 
 
 def _stop_with_guard() -> None:
@@ -38,10 +63,36 @@ def _has_exited(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def _wait_for_exit(pid: int, timeout_s: float) -> None:
+def _wait_for_exit(pid: int, lifeline: Lifeline, timeout_s: float) -> bool:
+    """Whether the process has ended: on its own, or because it was to be killed."""
     deadline = time.monotonic() + timeout_s
-    while not _has_exited(pid) and time.monotonic() < deadline:
-        time.sleep(EXIT_POLL_S)
+    while not _has_exited(pid):
+        if KILL in lifeline.orders:
+            os.kill(pid, signal.SIGKILL)
+        elif time.monotonic() > deadline:
+            return False
+        lifeline.wait(ORDER_POLL_S)
+    return True
+
+
+def _stop(pid: int, lifeline: Lifeline, drain_timeout_s: float) -> None:
+    os.kill(pid, signal.SIGTERM)
+    # Without engines to end, requests that are left would keep the server for ever.
+    if not _wait_for_exit(pid, lifeline, drain_timeout_s) and _cut_off_engines(session=pid):
+        _wait_for_exit(pid, lifeline, STOP_TIMEOUT_S)
+
+
+def _cut_off_engines(session: int) -> bool:
+    """End the engines among the processes of `session`; whether there were any."""
+    found = False
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if ENGINE_MODULE in (folder / "cmdline").read_bytes() and os.getsid(int(folder.name)) == session:
+                os.kill(int(folder.name), CUT_OFF_SIGNAL)
+                found = True
+        except (OSError, ValueError):
+            continue  # it has ended meanwhile
+    return found
 
 
 def _reap_orphans() -> None:
@@ -49,13 +100,13 @@ def _reap_orphans() -> None:
     while time.monotonic() < deadline:
         try:
             if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                time.sleep(EXIT_POLL_S)
+                time.sleep(ORDER_POLL_S)
         except ChildProcessError:
             return
 
 
-def run(command: list[str], *, stop_timeout_s: float, shm_prefix: str, work_folder: Path) -> int:
-    """Run `command` until it ends or standard input closes; return its exit status as a shell would.
+def run(command: list[str], *, drain_timeout_s: float, shm_prefix: str, work_folder: Path) -> int:
+    """Run `command` until it ends or the owner wants it to; return its exit status as a shell would.
 
     `work_folder` is removed when the owner left: it may not be there to do so.
     """
@@ -70,18 +121,17 @@ def run(command: list[str], *, stop_timeout_s: float, shm_prefix: str, work_fold
         start_new_session=True,
         preexec_fn=_stop_with_guard,
     )
-    owner_left = False
-    while not owner_left and not _has_exited(process.pid):
-        owner_left = bool(select.select([sys.stdin], [], [], OWNER_POLL_S)[0])
-    if owner_left:
-        os.kill(process.pid, signal.SIGTERM)
-        _wait_for_exit(process.pid, stop_timeout_s)
+    lifeline = Lifeline()
+    while not lifeline.orders and not _has_exited(process.pid):
+        lifeline.wait(0.1)
+    if lifeline.orders:
+        _stop(process.pid, lifeline, drain_timeout_s)
     os.killpg(process.pid, signal.SIGKILL)
     status = process.wait()
     _reap_orphans()
     for region in Path("/dev/shm").glob(f"{shm_prefix}*"):  # noqa: S108
         region.unlink(missing_ok=True)
-    if owner_left:
+    if lifeline.owner_left:
         shutil.rmtree(work_folder, ignore_errors=True)
     return status if status >= 0 else 128 - status
 
@@ -90,7 +140,7 @@ if __name__ == "__main__":
     sys.exit(
         run(
             sys.argv[4:],
-            stop_timeout_s=float(sys.argv[1]),
+            drain_timeout_s=float(sys.argv[1]),
             shm_prefix=sys.argv[2],
             work_folder=Path(sys.argv[3]),
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
 import shutil
 import socket
@@ -35,8 +37,6 @@ CONFIG_FILE = "config.pbtxt"
 LOG_TAIL_LINES = 20
 STDERR_FILENO = 2
 POLL_INTERVAL_S = 0.05
-# What the guard waits beyond the server's own deadline before it kills.
-KILL_MARGIN_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +51,10 @@ class Ports:
 class TritonServer:
     """A tritonserver that serves every model of `repository`, for use as a context manager.
 
-    Entering starts it and returns when every model has answered a request. Leaving stops it: requests in
-    flight have `exit_timeout_s` to finish, and neither processes nor shared memory stay behind, not
-    even when this process is killed. The server's log goes to `log_file`, or to standard error with
+    Entering starts it and returns when every model has answered a request. Leaving stops it: new requests
+    are refused, those in flight have `exit_timeout_s` to finish before they are failed, and neither
+    processes nor shared memory stay behind, not even when this process is killed. It may be entered again
+    then, with the same ports. The server's log goes to `log_file`, or to standard error with
     `log_to_stderr`, else to a temporary file; its last lines are part of the error when it fails.
 
     The constructor raises ConfigError for a repository or a port that cannot work. Entering raises
@@ -75,12 +76,12 @@ class TritonServer:
         self.repository = Path(repository)
         self.models = find_models(self.repository)
         self.host = host
-        self._requested_ports = ports
         self._log_file = log_file
         self._log_to_stderr = log_to_stderr
         self._start_timeout_s = start_timeout_s
         self._exit_timeout_s = exit_timeout_s
         self.ports = ports
+        self._was_started = False
         self._guard: subprocess.Popen[bytes] | None = None
         self._work_folder = Path()
 
@@ -104,7 +105,7 @@ class TritonServer:
         return "127.0.0.1" if self.host == "0.0.0.0" else self.host  # noqa: S104
 
     def __enter__(self) -> TritonServer:
-        self.ports = reserve_ports(self.host, self._requested_ports)
+        self.ports = reserve_ports(self.host, self.ports)
         self._work_folder = Path(tempfile.mkdtemp(prefix="trtforge-server-"))
         try:
             self._launch(find_tritonserver())
@@ -122,20 +123,31 @@ class TritonServer:
     ) -> None:
         self.stop()
 
-    def wait(self) -> None:
-        """Wait until the server ends by itself; raises ServerError with the end of its log."""
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Return after `timeout_s`; raises ServerError with the end of its log if the server ends before."""
         if self._guard is not None:
-            self._guard.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._guard.wait(timeout_s)
         self._check_alive()
 
     def stop(self) -> None:
         """Stop the server and wait until it is gone; idempotent."""
-        guard, self._guard = self._guard, None
-        if guard is not None:
-            if guard.stdin is not None:
-                guard.stdin.close()
-            logger.info("tritonserver ended with status %d", guard.wait())
+        if self._guard is not None:
+            self._order(process_guard.STOP)
+            logger.info("tritonserver ended with status %d", self._guard.wait())
+            self._guard = None
         shutil.rmtree(self._work_folder, ignore_errors=True)
+
+    def kill(self) -> None:
+        """Have the server end at once, with all its requests, also while `stop` waits for them; does not
+        wait. A signal handler may call it."""
+        self._order(process_guard.KILL)
+
+    def _order(self, order: bytes) -> None:
+        # A guard that has ended takes no orders.
+        with contextlib.suppress(BrokenPipeError):
+            if self._guard is not None and self._guard.stdin is not None:
+                self._guard.stdin.write(order)
 
     def _check_alive(self) -> None:
         if self._guard is not None and self._guard.poll() is not None:
@@ -153,18 +165,20 @@ class TritonServer:
             link_libpython(self._work_folder / "lib")
             environment = stub_environment(self._work_folder / "lib")
         guard = [sys.executable, "-I", "-S", process_guard.__file__]
-        guard += [str(self._exit_timeout_s + KILL_MARGIN_S), shm_prefix, str(self._work_folder)]
+        guard += [str(self._exit_timeout_s), shm_prefix, str(self._work_folder)]
         logger.info("starting %s on %s", binary.path, self.repository)
         with self._open_log() as log:
             self._guard = subprocess.Popen(
                 [*guard, *command],
                 stdin=subprocess.PIPE,
+                bufsize=0,
                 stdout=log,
                 stderr=log,
                 env=environment,
                 # Ctrl-C in the terminal is for this process alone, which then stops the server.
                 start_new_session=True,
             )
+        self._was_started = True
 
     def _options(self, shm_prefix: str) -> list[str]:
         return [
@@ -175,7 +189,8 @@ class TritonServer:
             f"--metrics-port={self.ports.metrics}",
             # config.pbtxt is complete: what is missing in it is an error, not to be guessed.
             "--disable-auto-complete-config",
-            f"--exit-timeout-secs={round(self._exit_timeout_s)}",
+            # The guard's deadlines come first: past its own the server crashes instead of stopping.
+            f"--exit-timeout-secs={math.ceil(self._exit_timeout_s + 2 * process_guard.STOP_TIMEOUT_S)}",
             f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
         ]
 
@@ -214,7 +229,7 @@ class TritonServer:
         if self._log_to_stderr:
             return os.fdopen(os.dup(STDERR_FILENO), "wb")
         try:
-            return self._log_path.open("wb")
+            return self._log_path.open("ab") if self._was_started else self._log_path.open("wb")
         except OSError as error:
             raise ConfigError(f"cannot write the log file {self._log_path}: {error.strerror}") from error
 

@@ -184,7 +184,7 @@ class EngineClient:
         with self._lock:
             if self._closing.is_set():
                 raise ServerError("the engine was shut down")
-            engine = self._engine = EngineHandle(self._model_dir, self._options)
+            engine = self._engine = EngineHandle(self._model_dir, self._options, lambda: bool(self._streams))
         self._note_stats(engine.wait_until_ready())
         self._is_ready = True
         return engine
@@ -211,7 +211,7 @@ class EngineClient:
         """Deliver outputs until the engine is gone."""
         while True:
             try:
-                message = engine.channel.receive()
+                message = engine.receive()
             except (EOFError, OSError):
                 return
             if isinstance(message, Outputs):
@@ -263,6 +263,8 @@ class EngineClient:
             self._is_ready = False
             streams = list(self._streams.values())
         status = engine.reap()
+        if engine.was_cut_off:
+            self._closing.set()
         error_kind: ErrorKind = "server"
         if self._closing.is_set():
             error, error_kind = "the engine was shut down before the request had finished", "capacity"

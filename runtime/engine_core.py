@@ -39,7 +39,6 @@ class _StepInFlight:
     """A step that the executor works on."""
 
     scheduled: SchedulerOutput
-    samples: list[bool]  # for each sequence: whether the step gives its next token
     num_logits: int
     future: Future[tuple[ModelOutputs, float]]
 
@@ -177,8 +176,8 @@ class EngineCore:
         )
         self._give_sampling_states(sequence, grammar)
         self._scheduler.add(sequence)
-        timeout_s = request.timeout_s or self._options.default_timeout_s
         answers = [sequence, *sequence.followers]
+        timeout_s = request.timeout_s or 0.0
         self._requests.add(OpenRequest(request.request_id, answers, self._clock(), timeout_s))
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
@@ -231,7 +230,7 @@ class EngineCore:
     # ------------------------------------------------------------------ steps
 
     def step(self) -> list[EngineOutput]:
-        """Run one step; returns at most one output an answer.
+        """Run one step; returns what it added to the answers, and those that ended since the last one.
 
         An exception from the executor's `execute` ends the requests of that step with "error" and is not
         raised; one from `move_blocks` is, since nothing is known about the cache then.
@@ -300,16 +299,11 @@ class EngineCore:
         if not scheduled.sequences:
             return
         inputs = build_model_inputs(scheduled, self._block_size)
-        samples = []
-        for sequence, start, num_tokens in zip(
-            scheduled.sequences, scheduled.starts, scheduled.num_scheduled_tokens, strict=True
-        ):
-            is_last = start + num_tokens == len(sequence.token_ids)
-            samples.append(is_last)
+        for sequence, is_last in zip(scheduled.sequences, scheduled.samples, strict=True):
             if is_last:
                 sequence.token_ids.append(0)
         future = self._worker.submit(self._execute, inputs)
-        self._in_flight = _StepInFlight(scheduled, samples, len(inputs.logits_indices), future)
+        self._in_flight = _StepInFlight(scheduled, len(inputs.logits_indices), future)
 
     def _execute(self, inputs: ModelInputs) -> tuple[ModelOutputs, float]:
         """In the worker's thread."""
@@ -329,4 +323,4 @@ class EngineCore:
             logger.exception("executor failed; ended requests %s", sorted(request_ids))
             problem = f"the executor failed: {type(error).__name__}: {error}"
             return self._results.fail(step.scheduled.sequences, problem), 0.0
-        return self._results.apply(step.scheduled, step.samples, outputs), executor_s
+        return self._results.apply(step.scheduled, outputs), executor_s

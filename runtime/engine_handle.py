@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -23,21 +24,40 @@ from trtforge.runtime.messages import (
     client_end,
 )
 from trtforge.runtime.outputs import EngineStats
+from trtforge.runtime.watchdog import STEP_TIMEOUT_SIGNAL, SilenceWatchdog
 
 logger = logging.getLogger(__name__)
 
+ENGINE_PROGRAM = ("-m", "trtforge.runtime.engine_process")  # what Python runs
 STOP_TIMEOUT_S = 5.0  # a step of a large prefill can take seconds; then the process is killed
+# An engine at work reports every step. One that is silent for a step's longest time and this is stuck.
+SILENCE_MARGIN_S = 5.0
+# From the server's guard: the time that requests in flight had, when the server was told to stop, is over.
+CUT_OFF_SIGNAL = signal.SIGUSR1
 
 
 class EngineHandle:
-    """One engine process, loading `model_dir` from now on. It ends when this process does."""
+    """One engine process, loading `model_dir` from now on. It ends when this process does.
 
-    def __init__(self, model_dir: Path, options: EngineOptions) -> None:
+    `is_busy` says whether the engine owes an answer: then it may be silent for
+    `options.step_timeout_s` and SILENCE_MARGIN_S, or it is killed.
+    """
+
+    def __init__(self, model_dir: Path, options: EngineOptions, is_busy: Callable[[], bool]) -> None:
+        self._step_timeout_s = options.step_timeout_s
+        self._is_busy = is_busy
+        self._watchdog: SilenceWatchdog | None = None
+        self._silence = ""  # why it was killed, if it was for that
         ours, theirs = socket.socketpair()
         with theirs:
             fd = theirs.fileno()
-            command = [sys.executable, "-m", "trtforge.runtime.engine_process"]
-            command += [f"--model-dir={model_dir}", f"--fd={fd}", f"--options={options.model_dump_json()}"]
+            command = [
+                sys.executable,
+                *ENGINE_PROGRAM,
+                f"--model-dir={model_dir}",
+                f"--fd={fd}",
+                f"--options={options.model_dump_json()}",
+            ]
             self._process = subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL)
         self.channel: Channel[ToEngine, FromEngine] = client_end(Connection(ours.detach()))
 
@@ -64,7 +84,22 @@ class EngineHandle:
             message.num_blocks,
             message.block_size,
         )
+        if self._step_timeout_s:
+            limit_s = self._step_timeout_s + SILENCE_MARGIN_S
+            self._watchdog = SilenceWatchdog(limit_s, self._is_busy, self._kill_the_silent)
         return EngineStats(num_blocks=message.num_blocks, num_free_blocks=message.num_blocks)
+
+    def receive(self) -> FromEngine:
+        """Wait for a message; raises EOFError or OSError if the engine is gone."""
+        message = self.channel.receive()
+        if self._watchdog is not None:
+            self._watchdog.heard()
+        return message
+
+    @property
+    def was_cut_off(self) -> bool:
+        """Whether the process has ended because the server that it works for is going down."""
+        return self._process.returncode == -CUT_OFF_SIGNAL
 
     def request_stop(self) -> None:
         """Ask the process to end after its current step."""
@@ -79,9 +114,23 @@ class EngineHandle:
         except subprocess.TimeoutExpired:
             self._process.kill()
             status = self._process.wait()
-        return f"exit status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
+        if self._watchdog is not None:
+            self._watchdog.stop()
+        return self._in_words(status)
 
     def reap(self) -> str:
         """Close the socket, which ends the process if it still runs; returns how it ended."""
         self.channel.close()
         return self.wait_until_gone()
+
+    def _kill_the_silent(self) -> None:
+        self._silence = f"nothing was heard of it for {self._step_timeout_s + SILENCE_MARGIN_S:g} s"
+        logger.error("engine process %d is killed: %s", self._process.pid, self._silence)
+        self._process.kill()
+
+    def _in_words(self, status: int) -> str:
+        if self._silence:
+            return self._silence
+        if status == -STEP_TIMEOUT_SIGNAL:
+            return f"a step took longer than {self._step_timeout_s:g} s"
+        return f"exit status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"

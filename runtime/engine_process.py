@@ -10,6 +10,7 @@ that requests in flight can finish while the server shuts down.
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import queue
@@ -44,6 +45,7 @@ from trtforge.runtime.messages import (
 from trtforge.runtime.outputs import EngineOutput
 from trtforge.runtime.request import EngineRequest
 from trtforge.runtime.sampling.grammar import CompiledGrammar, GrammarCompiler
+from trtforge.runtime.watchdog import StepWatchdog
 
 logger = logging.getLogger(__name__)
 
@@ -120,15 +122,18 @@ def _serve(model_dir: Path, options: EngineOptions, channel: EngineChannel, inbo
         logger.exception("loading %s failed", model_dir)
         channel.send(StartupFailed(f"loading {model_dir} failed: {type(error).__name__}: {error}"))
         return TrtforgeError.exit_code
+    gc.freeze()  # what was made so far stays: the collector need not look at it again
     spec = executor.kv_cache_spec()
     channel.send(Ready(num_blocks=spec.num_blocks, block_size=spec.block_size))
-    run(core, channel, inbox, grammars)
+    run(core, channel, inbox, grammars, StepWatchdog(options.step_timeout_s))
     executor.close()
     logger.info("engine stopped")
     return 0
 
 
-def run(core: EngineCore, channel: EngineChannel, inbox: Inbox, grammars: GrammarWorker) -> None:
+def run(
+    core: EngineCore, channel: EngineChannel, inbox: Inbox, grammars: GrammarWorker, watchdog: StepWatchdog
+) -> None:
     """Step while there is work, wait for messages while there is none; return on Shutdown.
 
     What escapes from a step ends the process: nothing is known about the core's state then.
@@ -155,7 +160,9 @@ def run(core: EngineCore, channel: EngineChannel, inbox: Inbox, grammars: Gramma
                 case Cancel(request_id, index):
                     grammars.cancel(request_id)
                     core.cancel(request_id, index)
-        outputs = core.step()
+        with watchdog:
+            outputs = core.step()
+        # Also without outputs: the client takes an engine that is silent for too long for dead.
         channel.send(Outputs(outputs, core.stats))
 
 

@@ -41,6 +41,16 @@ class KVCacheManager:
         self.num_swapped_blocks = 0  # moved to host memory so far
 
     @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self._block_size
+
+    @property
+    def has_window(self) -> bool:
+        """Whether blocks are given back while their sequence runs."""
+        return self._window is not None
+
+    @property
     def num_blocks(self) -> int:
         """All blocks."""
         return self._pool.num_blocks
@@ -107,6 +117,7 @@ class KVCacheManager:
         child.num_released_blocks = num_released
         child.num_computed_tokens = num_tokens
         child.num_cached_blocks = sequence.num_cached_blocks
+        sequence.num_safe_tokens = 0  # the last block is shared
         child.cache_parent = sequence.cache_parent
 
     def free(self, sequence: Sequence) -> None:
@@ -140,7 +151,8 @@ class KVCacheManager:
             | blocks in the table | new blocks  |
 
         A last block that other sequences share is replaced by a copy, since the new tokens go into it.
-        Returns False, and changes nothing, if the pool has too few free blocks.
+        Returns False, and changes nothing, if the pool has too few free blocks. Not needed for tokens within
+        `num_safe_tokens`.
         """
         table = sequence.block_table
         num_computed = sequence.num_computed_tokens
@@ -152,8 +164,6 @@ class KVCacheManager:
             if not is_shared and self._prefixes is not None and table[first] in self._prefixes:
                 # It was shared, and another owner has filled it in its own way before it left.
                 self._prefixes.forget(table[first])
-        if num_missing <= 0 and not is_shared:
-            return True
         num_missing = max(num_missing, 0)
         if num_missing + is_shared > self._pool.num_free_blocks:
             return False
@@ -162,7 +172,9 @@ class KVCacheManager:
             self._moves.copies.append((table[first], copy))
             self._pool.free((table[first],))
             table[first] = copy
-        table.extend(self._pool.allocate(num_missing))
+        if num_missing:
+            table.extend(self._pool.allocate(num_missing))
+        sequence.num_safe_tokens = len(table) * self._block_size
         return True
 
     def release_behind_window(self, sequence: Sequence) -> None:
@@ -254,6 +266,7 @@ class KVCacheManager:
         return True
 
     def _forget_table(self, sequence: Sequence) -> None:
+        sequence.num_safe_tokens = 0
         sequence.num_released_blocks = 0
         sequence.num_cached_blocks = 0
         sequence.cache_parent = sequence.cache_salt

@@ -55,7 +55,7 @@ def num_logits(sequence: Sequence, num_tokens: int) -> int:
 
 def _logits_indices(output: SchedulerOutput, cu_seqlens: Int32Array) -> Int32Array:
     ends: Int32Array = cu_seqlens[1:]
-    if not output.wants_more_logits:
+    if output.is_plain:
         lasts: Int32Array = np.subtract(ends, 1, dtype=np.int32)
         return lasts
     counts = np.array(

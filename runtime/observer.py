@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 
 from trtforge.runtime.engine_client import EngineClient
@@ -16,6 +17,7 @@ from trtforge.runtime.triton_metrics import TritonMetrics
 
 logger = logging.getLogger(__name__)
 
+GAUGE_INTERVAL_S = 0.05  # probes look at them, and a dead engine may be back within a second
 REPORT_INTERVAL_S = 1.0
 
 
@@ -25,7 +27,9 @@ class Observer:
 
     def __init__(self, model_name: str) -> None:
         self.metrics = Metrics()
-        self._triton_metrics = TritonMetrics(model_name, self.metrics.instruments())
+        instruments = self.metrics.instruments()
+        self._gauges = TritonMetrics(model_name, [one for one in instruments if not one.is_counter])
+        self._counters = TritonMetrics(model_name, [one for one in instruments if one.is_counter])
         self._tracer = Tracer(model_name)
         self._ended: deque[RequestRecord] = deque()
         self._stopping = threading.Event()
@@ -59,13 +63,20 @@ class Observer:
         self._ended.append(record)
 
     def _run(self, client: EngineClient) -> None:
-        while not self._stopping.wait(REPORT_INTERVAL_S):
+        next_report_s = 0.0
+        while not self._stopping.wait(GAUGE_INTERVAL_S):
+            now_s = time.monotonic()
+            is_due = now_s >= next_report_s
+            if is_due:
+                next_report_s = now_s + REPORT_INTERVAL_S
             try:
-                self._report_ended()
                 self.metrics.observe_load(
                     client.stats, is_ready=client.is_alive, num_restarts=client.num_restarts
                 )
-                self._triton_metrics.publish()
+                self._gauges.publish()
+                if is_due:
+                    self._report_ended()
+                    self._counters.publish()
             except Exception:
                 # Perhaps the next time: nobody else would report.
                 logger.exception("metrics, log lines or traces could not be reported")

@@ -21,10 +21,6 @@ class OpenRequest:
     queue_s: float = 0.0  # until it was scheduled for the first time
     is_scheduled: bool = False
 
-    def start(self) -> RequestStart:
-        """How it came to its first token."""
-        return RequestStart(self.queue_s, self.answers[0].num_hit_tokens)
-
 
 class OpenRequests:
     """All requests from their arrival until their last output has been given out."""
@@ -65,6 +61,11 @@ class OpenRequests:
         if not request.is_scheduled:
             request.is_scheduled = True
             request.queue_s = now_s - request.arrival_s
+
+    def start(self, request_id: str) -> RequestStart:
+        """How an open request came to its first token."""
+        request = self._requests[request_id]
+        return RequestStart(request.queue_s, request.answers[0].num_hit_tokens)
 
     def end_answer(self, sequence: Sequence) -> None:
         """The answer has had its last output; with the last one the request ends."""

@@ -34,15 +34,16 @@ class SchedulerOutput:
     """One step: which sequences run, in the order their tokens are packed.
 
     The lists are parallel. The tokens of a sequence are those from `starts` on; its `num_computed_tokens`
-    counts them already.
+    counts them already. A sequence `samples` if they are the last it has: the step gives its next one.
     """
 
     sequences: list[Sequence] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     num_scheduled_tokens: list[int] = field(default_factory=list)
+    samples: list[bool] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)  # those that were waiting before
     moves: BlockMoves = field(default_factory=BlockMoves)
-    wants_more_logits: bool = False  # than one row of each sequence
+    is_plain: bool = True  # one row of logits, and one token from it at most, for each sequence
 
     def drop_finished(self) -> None:
         """Take out the sequences that have finished since they were scheduled."""
@@ -51,6 +52,7 @@ class SchedulerOutput:
             self.sequences = [self.sequences[index] for index in kept]
             self.starts = [self.starts[index] for index in kept]
             self.num_scheduled_tokens = [self.num_scheduled_tokens[index] for index in kept]
+            self.samples = [self.samples[index] for index in kept]
 
     def append(self, sequence: Sequence, num_tokens: int) -> None:
         """Schedule the sequence's next tokens."""
@@ -58,8 +60,9 @@ class SchedulerOutput:
         self.starts.append(sequence.num_computed_tokens)
         self.num_scheduled_tokens.append(num_tokens)
         sequence.num_computed_tokens += num_tokens
-        if sequence.num_draft_tokens or sequence.sampling.prompt_logprobs is not None:
-            self.wants_more_logits = True
+        self.samples.append(sequence.num_computed_tokens == len(sequence.token_ids))
+        if sequence.num_draft_tokens or sequence.followers or sequence.sampling.prompt_logprobs is not None:
+            self.is_plain = False
 
 
 class Scheduler:
@@ -142,11 +145,12 @@ class Scheduler:
         num_preemptions = self.num_preemptions
         self._preempt_for_priority(output)
         budget = self._limits.max_num_batched_tokens
-        budget -= self._schedule_decodes(output, budget)
+        prefills: list[Sequence] = []
+        budget -= self._schedule_decodes(output, budget, prefills)
         # Behind the decodes no one is preempted: prefills got all their blocks when they were admitted.
         partial: list[Sequence] = []
-        for sequence in self._running:
-            if sequence.num_computed_tokens < len(sequence.token_ids) - 1 - sequence.num_draft_tokens:
+        for sequence in prefills:
+            if sequence.status == "running":
                 budget -= self._schedule_prefill(output, sequence, budget, partial)
         # Nobody is admitted on the blocks of one who had to leave: it would be the same one at times.
         while budget > 0 and self.num_preemptions == num_preemptions:
@@ -210,22 +214,24 @@ class Scheduler:
 
     # ------------------------------------------------------------------ one step
 
-    def _schedule_decodes(self, output: SchedulerOutput, budget: int) -> int:
-        """One token of each sequence that has no more to compute, and its drafts; returns the tokens."""
+    def _schedule_decodes(self, output: SchedulerOutput, budget: int, prefills: list[Sequence]) -> int:
+        """One token of each sequence that has no more to compute, and its drafts; returns how many tokens.
+
+        The others are put into `prefills`.
+        """
         spent = 0
         prefill_floor = max(1, budget // PREFILL_SHARE)
         kv_cache = self._kv_cache
-        running = self._running
-        index = 0
-        while index < len(running):  # preemption shortens the list, from its end
-            sequence = running[index]
-            index += 1
+        has_window = kv_cache.has_window
+        append = output.append
+        for sequence in self._running:  # preemption shortens the list, from its end
             num_known = len(sequence.token_ids)
             num_tokens = num_known - sequence.num_computed_tokens
             if num_tokens > 1 + sequence.num_draft_tokens:
                 # Decodes in front of a prefill in order have all they want; those behind it leave it a part.
                 budget = max(spent, budget - min(num_tokens, prefill_floor))
                 prefill_floor = 0
+                prefills.append(sequence)
                 continue
             if num_known >= sequence.max_num_tokens:
                 continue  # the step in flight gives its last token
@@ -233,12 +239,14 @@ class Scheduler:
                 num_tokens = self._shorten_drafts(sequence, budget - spent)
                 if not num_tokens:
                     continue
-            kv_cache.release_behind_window(sequence)
-            if sequence.num_draft_tokens and not kv_cache.allocate_slots(sequence, num_tokens):
-                num_tokens = self._shorten_drafts(sequence, 1)  # nobody is preempted for a guess
-            if not self._make_room(sequence, num_tokens):
-                break
-            output.append(sequence, num_tokens)
+            if has_window:
+                kv_cache.release_behind_window(sequence)
+            if sequence.num_computed_tokens + num_tokens > sequence.num_safe_tokens:
+                if sequence.num_draft_tokens and not kv_cache.allocate_slots(sequence, num_tokens):
+                    num_tokens = self._shorten_drafts(sequence, 1)  # nobody is preempted for a guess
+                if not self._make_room(sequence, num_tokens):
+                    break
+            append(sequence, num_tokens)
             spent += num_tokens
         return spent
 
@@ -265,6 +273,7 @@ class Scheduler:
         num_tokens = min(budget, len(sequence.token_ids) - sequence.num_computed_tokens)
         output.num_scheduled_tokens[index] += num_tokens
         sequence.num_computed_tokens += num_tokens
+        output.samples[index] = sequence.num_computed_tokens == len(sequence.token_ids)
         return num_tokens
 
     def _shorten_drafts(self, sequence: Sequence, num_tokens: int) -> int:

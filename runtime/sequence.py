@@ -41,6 +41,7 @@ class Sequence:
     num_draft_tokens: int = 0  # the last ones of token_ids
     block_table: array[int] = field(default_factory=_empty_blocks)
     host_blocks: array[int] = field(default_factory=_empty_blocks)
+    num_safe_tokens: int = 0  # so many tokens fit its blocks, the new ones into blocks of its own
     num_released_blocks: int = 0  # leading entries of block_table that lie behind the window: not its own
     num_cached_blocks: int = 0  # leading blocks that the prefix cache has been told of
     cache_parent: int | str = ""  # what the prefix cache calls the last of them

@@ -11,7 +11,7 @@ from trtforge.runtime.open_requests import OpenRequest, OpenRequests
 from trtforge.runtime.outputs import EngineOutput, TokenLogprobs
 from trtforge.runtime.request import FinishReason
 from trtforge.runtime.sampling.logprobs import prompt_logprobs
-from trtforge.runtime.sampling.sampler import INVALID_TOKEN, NO_TOKEN, Sampled, Sampler
+from trtforge.runtime.sampling.sampler import INVALID_TOKEN, Sampled, Sampler
 from trtforge.runtime.sampling.state import SamplingState
 from trtforge.runtime.scheduler import Scheduler, SchedulerOutput
 from trtforge.runtime.sequence import Sequence
@@ -35,29 +35,28 @@ class StepResults:
         self.num_draft_tokens = 0  # checked so far
         self.num_accepted_tokens = 0  # of which the model agreed with
 
-    def apply(
-        self, scheduled: SchedulerOutput, samples: list[bool], outputs: ModelOutputs
-    ) -> list[EngineOutput]:
+    def apply(self, scheduled: SchedulerOutput, outputs: ModelOutputs) -> list[EngineOutput]:
         """Sample, and move on the sequences that have not finished while the step ran.
 
-        `samples` says of each sequence whether the step gives its next token, for which a placeholder stands
-        at the end of its tokens.
+        For the next token of a sequence that samples a placeholder stands at the end of its tokens.
         """
         results: list[EngineOutput] = []
-        cache_full_blocks = self._kv_cache.cache_full_blocks
-        for sequence, start, num_tokens in zip(
-            scheduled.sequences, scheduled.starts, scheduled.num_scheduled_tokens, strict=True
-        ):
-            if sequence.status == "running":
-                cache_full_blocks(sequence, start + num_tokens - sequence.num_draft_tokens)
-        if scheduled.wants_more_logits or any(sequence.followers for sequence in scheduled.sequences):
-            new_tokens = self._sample_any(scheduled, samples, outputs, results)
-        else:
-            new_tokens = self._sample_one_each(scheduled, samples, outputs)
+        self._cache_full_blocks(scheduled)
+        sample = self._sample_one_each if scheduled.is_plain else self._sample_any
+        new_tokens = sample(scheduled, outputs, results)
         for sequence, token_ids, logprobs in new_tokens:
             if sequence.status != "finished":
                 self._extend(sequence, token_ids, logprobs, results)
         return results
+
+    def _cache_full_blocks(self, scheduled: SchedulerOutput) -> None:
+        block_size = self._kv_cache.block_size
+        for sequence, start, num_tokens in zip(
+            scheduled.sequences, scheduled.starts, scheduled.num_scheduled_tokens, strict=True
+        ):
+            end = start + num_tokens - sequence.num_draft_tokens
+            if end >= (sequence.num_cached_blocks + 1) * block_size and sequence.status == "running":
+                self._kv_cache.cache_full_blocks(sequence, end)
 
     def fail(self, sequences: Iterable[Sequence], problem: str) -> list[EngineOutput]:
         """End the requests of the sequences that have not finished."""
@@ -83,31 +82,42 @@ class StepResults:
     # ------------------------------------------------------------------ sampling
 
     def _sample_one_each(
-        self, scheduled: SchedulerOutput, samples: list[bool], outputs: ModelOutputs
+        self, scheduled: SchedulerOutput, outputs: ModelOutputs, results: list[EngineOutput]
     ) -> Iterable[_NewTokens]:
-        """Row i of the logits belongs to sequence i. Those of unfinished prefills are sampled and dropped."""
+        """Row i of the logits belongs to sequence i. Those of unfinished prefills are sampled and dropped.
+
+        Most tokens are nothing but one more: their outputs are made on the spot, and only the others come
+        back.
+        """
         sequences = scheduled.sequences
         states = [
             sequence.sampling_state if is_last else None
-            for sequence, is_last in zip(sequences, samples, strict=True)
+            for sequence, is_last in zip(sequences, scheduled.samples, strict=True)
         ]
         lengths = [len(sequence.token_ids) - 1 for sequence in sequences]
         sampled = self._sampler.sample(outputs.logits, states, lengths, argmax=outputs.argmax)
         logprobs = sampled.logprobs
-        return [
-            (sequence, [token_id], None if logprobs is None else logprobs[row : row + 1])
-            for row, (sequence, is_last, token_id) in enumerate(
-                zip(sequences, samples, sampled.token_ids, strict=True)
-            )
-            if is_last
-        ]
+        others: list[_NewTokens] = []
+        for row, (sequence, is_last, token_id, length) in enumerate(
+            zip(sequences, scheduled.samples, sampled.token_ids, lengths, strict=True)
+        ):
+            if not is_last or sequence.status == "finished":
+                continue
+            if (
+                states[row] is not None
+                or token_id < 0
+                or token_id in sequence.stop_token_ids
+                or length + 1 >= sequence.max_num_tokens
+                or length == sequence.num_prompt_tokens
+            ):
+                others.append((sequence, [token_id], None if logprobs is None else logprobs[row : row + 1]))
+                continue
+            sequence.token_ids[length] = token_id
+            results.append(EngineOutput(sequence.request_id, (token_id,), None, sequence.order[2]))
+        return others
 
     def _sample_any(
-        self,
-        scheduled: SchedulerOutput,
-        samples: list[bool],
-        outputs: ModelOutputs,
-        results: list[EngineOutput],
+        self, scheduled: SchedulerOutput, outputs: ModelOutputs, results: list[EngineOutput]
     ) -> Iterable[_NewTokens]:
         """Sequences may have rows for drafts and prompt tokens, and be followed by others."""
         states: list[SamplingState | None] = []
@@ -116,7 +126,11 @@ class StepResults:
         answers: list[tuple[Sequence, int]] = []  # and how many rows are sampled for it
         row = 0
         for sequence, start, num_tokens, is_last in zip(
-            scheduled.sequences, scheduled.starts, scheduled.num_scheduled_tokens, samples, strict=True
+            scheduled.sequences,
+            scheduled.starts,
+            scheduled.num_scheduled_tokens,
+            scheduled.samples,
+            strict=True,
         ):
             end = row + num_logits(sequence, num_tokens)
             if sequence.wants_prompt_logprobs and sequence.status != "finished":
@@ -201,13 +215,8 @@ class StepResults:
         num_new = 0
         reason: FinishReason | None = None
         for token_id in token_ids:
-            if token_id == NO_TOKEN:
-                reason = "stop"
+            if token_id < 0:  # INVALID_TOKEN or NO_TOKEN
                 break
-            if token_id == INVALID_TOKEN:
-                self._kv_cache.forget_prefix(sequence)  # its keys and values are hardly better
-                self._fail(sequence, _INVALID_LOGITS, results)
-                return
             known.append(token_id)
             num_new += 1
             if token_id in sequence.stop_token_ids:
@@ -216,28 +225,32 @@ class StepResults:
             if len(known) >= sequence.max_num_tokens:
                 reason = "length"
                 break
-        is_first = len(known) - num_new == sequence.num_prompt_tokens
+        is_exhausted = reason is None and num_new < len(token_ids)
+        if is_exhausted and token_ids[num_new] == INVALID_TOKEN:
+            self._kv_cache.forget_prefix(sequence)  # its keys and values are hardly better
+            self._fail(sequence, _INVALID_LOGITS, results)
+            return
         start = None
-        if is_first and sequence.order[2] == 0:
-            request = self._requests.get(sequence.request_id)
-            start = None if request is None else request.start()
+        if len(known) - num_new == sequence.num_prompt_tokens and sequence.order[2] == 0:
+            start = self._requests.start(sequence.request_id)
         if sequence.sampling_state is not None:
             sequence.sampling_state.accept(num_new)
-        if reason is not None:
+        if reason is not None or is_exhausted:
             self.finish_answer(sequence)
-        wanted = None
-        if logprobs is not None and sequence.sampling.logprobs is not None:
-            wanted = tuple(entry for entry in logprobs[:num_new] if entry is not None)
         results.append(
             EngineOutput(
                 sequence.request_id,
                 tuple(token_ids[:num_new]),
                 reason,
                 sequence.order[2],
-                logprobs=wanted,
+                logprobs=None if logprobs is None else _given(logprobs[:num_new]),
                 start=start,
             )
         )
+        if (
+            is_exhausted
+        ):  # nothing is allowed any more; "stop" with tokens would call the last one a stop token
+            results.append(EngineOutput(sequence.request_id, (), "stop", sequence.order[2]))
 
     def _fail(self, sequence: Sequence, problem: str, results: list[EngineOutput]) -> None:
         request = self._requests.get(sequence.request_id)
@@ -245,3 +258,8 @@ class StepResults:
             self.finish_all(request)
             self._requests.end(sequence.request_id)
             results.append(EngineOutput(sequence.request_id, (), "error", error=problem))
+
+
+def _given(logprobs: list[TokenLogprobs | None]) -> tuple[TokenLogprobs, ...] | None:
+    """Those of an answer that wants them; None for one in whose step others did."""
+    return tuple(entry for entry in logprobs if entry is not None) or None

@@ -74,6 +74,11 @@ class TritonPythonModel:
         for request in requests:
             self._accept(request)
 
+    def is_ready(self) -> bool:
+        """Whether requests are taken. Newer servers call it when they are asked for the model's readiness;
+        2.51 does not."""
+        return self._client.is_alive
+
     def finalize(self) -> None:
         """Stop the engine. Triton has waited for the requests in flight; what is left fails."""
         self._stopping.set()
@@ -225,7 +230,7 @@ def triton_error(failure: Exception | GenerationOutput) -> Any:
             code = "CANCELLED"
         case _:
             code = "INTERNAL"
-    # Triton has no code for a timeout. With this one its HTTP endpoint answers 503: later it can work.
+    # Triton has no code for a timeout: to it the request could succeed later.
     status = "UNAVAILABLE" if code == "TIMEOUT" else code
     return pb_utils.TritonError(
         wire.error_text(code, _message(failure)), getattr(pb_utils.TritonError, status)

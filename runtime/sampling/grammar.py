@@ -19,6 +19,7 @@ import tokenizers
 from trtforge.errors import RequestError
 from trtforge.runtime.executor import Float32Array
 from trtforge.runtime.request import GuidedDecoding
+from trtforge.runtime.sampling.json_schema import check_json_schema, without_control_characters
 from trtforge.runtime.sampling.processor import History, LogitsProcessor
 from trtforge.runtime.text_stream import load_vocabulary
 
@@ -56,16 +57,7 @@ class GrammarCompiler:
         check_guide(guided)
         compiler = self._load()
         try:
-            if guided.kind == "json":
-                grammar = compiler.compile_builtin_json_grammar()
-            elif guided.kind == "json_schema":
-                grammar = compiler.compile_json_schema(guided.guide)
-            elif guided.kind == "regex":
-                grammar = compiler.compile_regex(guided.guide)
-            elif guided.kind == "choice":
-                grammar = compiler.compile_grammar(_choice_grammar(guided.guide))
-            else:
-                grammar = compiler.compile_grammar(guided.guide)
+            grammar = _compile(compiler, guided)
         except RuntimeError as error:
             raise RequestError(f"guided {guided.kind}: {_reason(error)}") from None
         compiled = CompiledGrammar(grammar, self._vocab_size)
@@ -168,11 +160,13 @@ class GrammarMask(LogitsProcessor):
         """Forbids everything where the grammar has ended, and behind a draft that it refuses."""
         drafts = history.drafts
         num_accepted = self._matcher.accept(drafts)
-        if self._is_lost or num_accepted < len(drafts):
-            logits.fill(-np.inf)
-        else:
-            np.copyto(logits, -np.inf, where=~self._matcher.allowed())
-        self._matcher.rollback(num_accepted)
+        try:
+            if self._is_lost or num_accepted < len(drafts):
+                logits.fill(-np.inf)
+            else:
+                np.copyto(logits, -np.inf, where=~self._matcher.allowed())
+        finally:
+            self._matcher.rollback(num_accepted)
 
     def accept(self, token_ids: Sequence[int]) -> None:
         if self._matcher.accept(token_ids) < len(token_ids):
@@ -184,8 +178,28 @@ class GrammarMask(LogitsProcessor):
         return GrammarMask(self._matcher.fork())
 
 
+def _compile(compiler: Any, guided: GuidedDecoding) -> Any:
+    """An xgrammar.CompiledGrammar; raises RuntimeError if the library refuses the guide."""
+    import xgrammar
+
+    if guided.kind == "json":
+        return compiler.compile_builtin_json_grammar()
+    if guided.kind == "regex":
+        return compiler.compile_regex(guided.guide)
+    if guided.kind == "choice":
+        return compiler.compile_grammar(_choice_grammar(guided.guide))
+    if guided.kind == "ebnf":
+        return compiler.compile_grammar(guided.guide)
+    grammar = str(xgrammar.Grammar.from_json_schema(guided.guide))
+    corrected = without_control_characters(grammar)
+    if corrected == grammar:
+        return compiler.compile_json_schema(guided.guide)
+    return compiler.compile_grammar(corrected)
+
+
 def check_guide(guided: GuidedDecoding) -> None:
-    """Raise RequestError for a guide that is too large, missing, or not a list of choices."""
+    """Raise RequestError for a guide that is too large, missing, or no list of choices, and for a schema
+    that would not be kept."""
     if len(guided.guide) > MAX_GUIDE_CHARS:
         raise RequestError(
             f"guided {guided.kind}: the guide has {len(guided.guide)} characters; "
@@ -193,6 +207,8 @@ def check_guide(guided: GuidedDecoding) -> None:
         )
     if guided.kind == "choice":
         _choices(guided.guide)
+    elif guided.kind == "json_schema":
+        check_json_schema(guided.guide)
     elif guided.kind != "json" and not guided.guide:
         raise RequestError(f"guided {guided.kind}: the guide is empty")
 

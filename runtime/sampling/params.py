@@ -12,7 +12,7 @@ from trtforge.runtime.sampling.grammar import check_guide
 
 MAX_N = 128
 MAX_BEAM_WIDTH = 64
-MAX_LOGPROBS = 20
+MAX_LOGPROBS = 64  # beam search asks for beam_width and its stop tokens
 MAX_PENALTY = 100.0  # of repetition; presence and frequency are those of the OpenAI API
 MAX_LOGIT_BIAS = 1e6
 MAX_BIASED_TOKENS = 4096

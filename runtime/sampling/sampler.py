@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 
 import msgspec
@@ -11,12 +10,10 @@ import numpy.typing as npt
 
 from trtforge.runtime.executor import Float32Array
 from trtforge.runtime.outputs import TokenLogprobs
-from trtforge.runtime.request import SamplingParams
-from trtforge.runtime.sampling import params as params_module
 from trtforge.runtime.sampling.draws import draw, uniform
 from trtforge.runtime.sampling.filters import token_weights
 from trtforge.runtime.sampling.logprobs import token_logprobs
-from trtforge.runtime.sampling.state import SamplingState, needs_state
+from trtforge.runtime.sampling.state import SamplingState
 
 INVALID_TOKEN = -1  # the row's logits are NaN, +inf or nothing but -inf: the model failed
 NO_TOKEN = -2  # every token is forbidden: the answer ends before this one
@@ -60,7 +57,9 @@ class Sampler:
         if argmax is not None:
             token_ids = (argmax if rows is None else argmax[np.asarray(rows, np.intp)]).tolist()
         else:
-            token_ids = _greedy(logits, states, rows)
+            token_ids = _greedy(logits, rows)
+        if not any(states):
+            return Sampled(token_ids)
         logprobs: list[TokenLogprobs | None] | None = None
         for entry, state in enumerate(states):
             if state is None or token_ids[entry] == INVALID_TOKEN:
@@ -94,27 +93,9 @@ class Sampler:
         return index if candidates is None else int(candidates[index])
 
 
-def _greedy(
-    logits: Float32Array, states: Sequence[SamplingState | None], rows: Sequence[int] | None
-) -> list[int]:
+def _greedy(logits: Float32Array, rows: Sequence[int] | None) -> list[int]:
     """The likeliest token of every entry, INVALID_TOKEN where it is not finite."""
     token_ids: npt.NDArray[np.int64] = logits.argmax(axis=1)  # the first NaN if there is one
     token_ids[~np.isfinite(logits[np.arange(len(token_ids)), token_ids])] = INVALID_TOKEN
     result: list[int] = (token_ids if rows is None else token_ids[np.asarray(rows, np.intp)]).tolist()
     return result
-
-
-def check_sampling_params(params: SamplingParams) -> None:
-    """`params.check_sampling_params` for a vocabulary of any size."""
-    params_module.check_sampling_params(params, 2**31)
-
-
-def sample(
-    logits: Float32Array, params: Sequence[SamplingParams], positions: Sequence[int]
-) -> npt.NDArray[np.int64]:
-    """The next token of every row, for options that look at no history."""
-    states = [
-        SamplingState(one, array("i", bytes(4 * position)), 0, frozenset()) if needs_state(one) else None
-        for one, position in zip(params, positions, strict=True)
-    ]
-    return np.array(Sampler(logits.shape[1]).sample(logits, states, positions).token_ids, np.int64)

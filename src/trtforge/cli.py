@@ -10,7 +10,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from trtforge import __version__
-from trtforge.client.commands import ask, serve
+from trtforge.client.bench.command import bench
+from trtforge.client.commands import ask, health, serve
 from trtforge.errors import TrtforgeError
 
 _ERRORS = {error.exit_code: (error.__doc__ or "").splitlines()[0] for error in TrtforgeError.__subclasses__()}
@@ -59,7 +60,9 @@ def build(context: typer.Context) -> None:
 
 
 app.command()(serve)
+app.command()(health)
 app.command()(ask)
+app.command()(bench)
 
 
 def _builder() -> typer.Typer:

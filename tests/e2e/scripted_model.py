@@ -15,7 +15,7 @@ Any other text is streamed back word by word. max_tokens bounds the number of wo
 the words are one response.
 
 The parameter start_up of config.pbtxt makes the model itself bad: "fail" and "hang" while it is loaded,
-"refuse" at every request.
+"refuse" at every request, "once" after the first one, by no longer answering.
 """
 
 from __future__ import annotations
@@ -47,9 +47,14 @@ class TritonPythonModel:
         if self.start_up == "hang":
             time.sleep(3600)
         self.cancelled = []
+        self.num_requests = 0
 
     def execute(self, requests):
         for request in requests:
+            self.num_requests += 1
+            if self.start_up == "once" and self.num_requests > 1:
+                self.unanswered = request.get_response_sender()
+                continue
             tensors = {tensor.name(): _plain(tensor) for tensor in request.inputs()}
             arguments = (request.request_id(), tensors, request.get_response_sender())
             threading.Thread(target=self._answer, args=arguments, daemon=True).start()

@@ -174,7 +174,7 @@ class Serve:
 @contextmanager
 def serving(repository: Path) -> Iterator[Serve]:
     process = subprocess.Popen(
-        [*TRTFORGE, "serve", str(repository), *ANY_FREE, "--exit-timeout", "1"],
+        [*TRTFORGE, "serve", str(repository), *ANY_FREE, "--exit-timeout", "1", "--max-restarts", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -225,7 +225,7 @@ def test_serve_says_when_its_server_dies(make_scripted_repository: MakeRepositor
 def test_serve_stops_while_it_starts(make_scripted_repository: MakeRepository) -> None:
     repository = make_scripted_repository("hang")
     process = subprocess.Popen(
-        [*TRTFORGE, "serve", str(repository), *ANY_FREE, "--exit-timeout", "1"],
+        [*TRTFORGE, "serve", str(repository), *ANY_FREE, "--exit-timeout", "1", "--max-restarts", "0"],
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from array import array
 from dataclasses import replace
 from functools import cache
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from trtforge.engine_options import EngineOptions
-from trtforge.errors import ConfigError, RequestError
+from trtforge.errors import CapacityError, ConfigError, RequestError
 from trtforge.manifest import Limits
 from trtforge.runtime.engine_core import EngineCore
 from trtforge.runtime.executor import Float32Array, ModelInputs, ModelOutputs
@@ -21,6 +22,7 @@ from trtforge.runtime.outputs import EngineOutput
 from trtforge.runtime.request import EngineRequest, FinishReason, SamplingParams
 from trtforge.runtime.sampling.sampler import Sampler
 from trtforge.runtime.sampling.state import SamplingState
+from trtforge.runtime.scheduler import Scheduler, SchedulerOutput
 
 VOCAB_SIZE = 11
 EOS = (0,)
@@ -429,3 +431,143 @@ def test_logits_of_another_vocabulary_are_an_executor_failure() -> None:
     (output,) = core.step()
     assert output.finish_reason == "error"
     assert "logits are (1, 12), not (1, 11)" in (output.error or "")
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_timeouts_end_requests_whether_they_wait_or_run() -> None:
+    clock = Clock()
+    core = new_core(FakeExecutor(VOCAB_SIZE, 100, 4), max_num_seqs=1, clock=clock)
+    core.add_request(replace(greedy("runs", (1, 2), 50), timeout_s=2.0))
+    core.add_request(replace(greedy("waits", (1, 2), 50), timeout_s=1.0))
+    core.add_request(greedy("patient", (1, 2), 2))
+    outputs = []
+    for clock.now_s in (100.0, 100.9, 101.0, 101.9, 102.0):
+        outputs += core.step()
+        core.check_integrity()
+    errors = {output.request_id: (output.error, output.error_kind) for output in outputs if output.error}
+    assert errors == {
+        "waits": ("the request's timeout of 1 s has passed while it was waiting for its turn", "timeout"),
+        "runs": ("the request's timeout of 2 s has passed", "timeout"),
+    }
+    outputs += run_to_end(core)
+    assert tokens_of(outputs, "patient")[1] == "length"
+    # The id can be used again, and the old deadline is not the new request's.
+    core.add_request(replace(greedy("runs", (1, 2), 2), timeout_s=60.0))
+    clock.now_s += 9.0
+    assert tokens_of(run_to_end(core), "runs")[1] == "length"
+
+
+def test_a_full_queue_refuses_and_leaves_nothing_behind() -> None:
+    core = new_core(FakeExecutor(VOCAB_SIZE, 100, 4), EngineOptions(max_queue_size=1), max_num_seqs=1)
+    core.add_request(greedy("a", (1,)))
+    with pytest.raises(CapacityError, match="1 requests are waiting"):
+        core.add_request(greedy("b", (1,)))
+    core.check_integrity()
+    assert {output.request_id for output in run_to_end(core)} == {"a"}
+
+
+def test_one_answer_of_several_can_be_stopped() -> None:
+    core = new_core(FakeExecutor(VOCAB_SIZE, 100, 4))
+    params = SamplingParams(max_tokens=12, temperature=1.0, seed=3, n=3, ignore_eos=True)
+    core.add_request(EngineRequest("a", (1, 2, 3), params))
+    outputs = core.step()
+    assert sorted(output.index for output in outputs) == [0, 1, 2]
+    core.cancel("a", 1)
+    core.cancel("a", 1)
+    outputs += run_to_end(core)
+    for index in (0, 2):
+        assert tokens_of(outputs, "a", index) == naive_generate((1, 2, 3), params, 64, index=index)
+    assert len(tokens_of(outputs, "a", 1)[0]) == 1
+    assert core.num_free_blocks == 100
+
+
+def test_answers_share_the_blocks_of_their_prompt() -> None:
+    executor = RecordingExecutor(num_blocks=40, block_size=4)
+    core = new_core(executor, EngineOptions(prefix_caching=False))
+    core.add_request(
+        EngineRequest("a", tuple(range(1, 10)), SamplingParams(max_tokens=4, n=4, ignore_eos=True))
+    )
+    core.step()
+    assert executor.num_tokens[0] == 9, "the prompt is computed once"
+    core.step()
+    core.step()
+    # Two blocks of the prompt are shared; each answer has its own third one.
+    assert core.num_free_blocks == 40 - 2 - 4
+    run_to_end(core)
+
+
+def test_the_start_of_a_request_says_how_long_it_waited_and_what_was_cached() -> None:
+    clock = Clock()
+    core = new_core(FakeExecutor(VOCAB_SIZE, 100, 4), max_num_seqs=1, clock=clock)
+    prompt = tuple(i % VOCAB_SIZE for i in range(17))
+    core.add_request(greedy("a", prompt, 3))
+    core.add_request(greedy("b", prompt, 3))
+    starts = {}
+    for _ in range(12):
+        clock.now_s += 0.5
+        for output in core.step():
+            if output.start is not None:
+                assert output.request_id not in starts
+                starts[output.request_id] = output.start
+    assert starts["a"].num_cached_tokens == 0
+    assert starts["b"].num_cached_tokens == 16
+    assert starts["a"].queue_s == 0.5
+    assert starts["b"].queue_s > 1.0
+    assert core.stats.num_prefix_queries == 34
+    assert core.stats.num_prefix_hits == 16
+
+
+class CountingExecutor(RecordingExecutor):
+    """Says that the next number is the likeliest to follow."""
+
+    def execute(self, inputs: ModelInputs) -> ModelOutputs:
+        super().execute(inputs)
+        following = (inputs.input_ids[inputs.logits_indices] + 1) % VOCAB_SIZE
+        return ModelOutputs(4 * np.eye(VOCAB_SIZE, dtype=np.float32)[following])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_speculation_takes_fewer_steps_for_the_same_tokens(temperature: float) -> None:
+    params = SamplingParams(max_tokens=60, temperature=temperature, seed=7, ignore_eos=True)
+    results = []
+    for options in (EngineOptions(), EngineOptions(speculative_tokens=4)):
+        executor = CountingExecutor(40, 4)
+        core = new_core(executor, options, max_model_len=100)
+        core.add_request(EngineRequest("a", tuple(range(VOCAB_SIZE)), params))
+        results.append((tokens_of(run_to_end(core), "a"), len(executor.num_tokens), core.stats))
+    (plain, num_steps, _), (drafted, num_drafted_steps, stats) = results
+    assert drafted == plain
+    assert num_steps == 60
+    assert num_drafted_steps == 60 - stats.num_accepted_tokens < 50
+    assert 0 < stats.num_accepted_tokens <= stats.num_draft_tokens
+
+
+def test_the_next_step_is_scheduled_while_the_executor_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduled_meanwhile = threading.Event()
+
+    class WaitingExecutor(FakeExecutor):
+        def execute(self, inputs: ModelInputs) -> ModelOutputs:
+            if not scheduled_meanwhile.wait(10):
+                raise TimeoutError("nothing was scheduled meanwhile")
+            scheduled_meanwhile.clear()
+            return super().execute(inputs)
+
+    core = new_core(WaitingExecutor(VOCAB_SIZE, 100, 4))
+    schedule = Scheduler.schedule
+
+    def observed(scheduler: Scheduler) -> SchedulerOutput:
+        if core.num_running:
+            scheduled_meanwhile.set()
+        return schedule(scheduler)
+
+    monkeypatch.setattr(Scheduler, "schedule", observed)
+    core.add_request(greedy("a", (1, 2), 3))
+    assert tokens_of(run_to_end(core), "a")[1] == "length"

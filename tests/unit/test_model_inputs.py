@@ -82,7 +82,7 @@ def test_logits_of_drafts_and_prompts_are_asked_for_too() -> None:
     prompt, drafting = output.sequences[1:3]
     prompt.sampling = SamplingParams(prompt_logprobs=1)
     drafting.num_draft_tokens = 3
-    output.wants_more_logits = True
+    output.is_plain = False
     assert build_model_inputs(output, 4).logits_indices.tolist() == naive_inputs(output, 4)["logits_indices"]
 
 

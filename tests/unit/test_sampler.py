@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import warnings
+from array import array
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,12 +13,13 @@ from transformers import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
-from trtforge.errors import RequestError
 from trtforge.runtime.request import SamplingParams
-from trtforge.runtime.sampling import sampler
-from trtforge.runtime.sampling.sampler import INVALID_TOKEN, check_sampling_params, sample, token_weights
+from trtforge.runtime.sampling import filters, sampler
+from trtforge.runtime.sampling.sampler import INVALID_TOKEN, Sampler
+from trtforge.runtime.sampling.state import SamplingState, needs_state
 
 LARGEST_UNIFORM = float(np.nextafter(1.0, 0.0))
 
@@ -36,17 +39,41 @@ def warped_probabilities(logits: np.ndarray, params: SamplingParams) -> np.ndarr
         scores = TopPLogitsWarper(params.top_p)(None, scores)
     if params.min_p:
         scores = MinPLogitsWarper(params.min_p)(None, scores)
+    if params.typical_p < 1:
+        scores = TypicalLogitsWarper(params.typical_p)(None, scores)
     return scores.softmax(dim=-1)[0].numpy()
 
 
-@pytest.mark.parametrize("min_p", [0.0, 0.02, 0.5, 1.0])
-@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.5, 0.001])
+def token_weights(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """Of every token, whether it is a candidate or not."""
+    candidates, weights = filters.token_weights(logits, params)
+    if candidates is None:
+        return weights
+    everywhere = np.zeros_like(logits)
+    everywhere[candidates] = weights
+    return everywhere
+
+
+def sample(logits: np.ndarray, params: Sequence[SamplingParams], positions: Sequence[int]) -> np.ndarray:
+    """Tokens of sequences without prompts that have generated `positions` tokens."""
+    states = []
+    for one, position in zip(params, positions, strict=True):
+        token_ids = array("i", [0] * position)
+        states.append(SamplingState(one, token_ids, 0, frozenset()) if needs_state(one) else None)
+    return np.array(Sampler(logits.shape[1]).sample(logits, states, positions).token_ids)
+
+
+@pytest.mark.parametrize("typical_p", [1.0, 0.5])
+@pytest.mark.parametrize("min_p", [0.0, 0.02, 1.0])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.001])
 @pytest.mark.parametrize("top_k", [0, 1, 7, 5000])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 def test_weights_equal_the_warpers_of_transformers(
-    temperature: float, top_k: int, top_p: float, min_p: float
+    temperature: float, top_k: int, top_p: float, min_p: float, typical_p: float
 ) -> None:
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    params = SamplingParams(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p
+    )
     for scale in (0.1, 3.0, 20.0):
         (logits,) = random_logits(1, 700, scale=scale)
         expected = warped_probabilities(logits, params)
@@ -150,7 +177,7 @@ def test_frequencies_follow_the_probabilities(vocab_size: int, params: SamplingP
 def test_removed_tokens_are_never_drawn_at_the_ends(
     uniform: float, expected: int, top_p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampler, "_uniform", lambda seed, position: uniform)
+    monkeypatch.setattr(sampler, "uniform", lambda seed, position: uniform)
     # Many rows of weights that differ by orders of magnitude: their sums are rounded, up or down.
     logits = np.full((64, 1200), -np.inf, dtype=np.float32)
     logits[:, 300:701] = random_logits(64, 401)
@@ -197,32 +224,3 @@ def test_an_enormous_temperature_is_uniform_over_the_possible_tokens() -> None:
     weights = token_weights(logits[0], SamplingParams(temperature=1e300))
     assert weights[5] == 0
     assert (np.delete(weights, 5) == 1).all()
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("max_tokens", 0),
-        ("temperature", -0.1),
-        ("temperature", float("nan")),
-        ("temperature", float("inf")),
-        ("top_k", -1),
-        ("top_p", 0.0),
-        ("top_p", 1.01),
-        ("top_p", float("nan")),
-        ("min_p", -0.1),
-        ("min_p", 1.01),
-        ("seed", -1),
-        ("seed", 2**64),
-        ("seed", None),
-    ],
-)
-def test_values_out_of_range_are_refused_by_name(name: str, value: object) -> None:
-    params = replace(SamplingParams(temperature=1.0, seed=0), **{name: value})
-    with pytest.raises(RequestError, match=f"^{name} is {value}; it has to be "):
-        check_sampling_params(params)
-
-
-@pytest.mark.parametrize("params", [SamplingParams(), *MIXED_PARAMS])
-def test_values_in_range_are_taken(params: SamplingParams) -> None:
-    check_sampling_params(params)

@@ -1,0 +1,1 @@
+"""A load generator for a served model: `trtforge bench`."""
