@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import Pipe
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -125,7 +124,8 @@ class SteadyDecode:
         self._engine_end, self._client_end = engine_end(ours), client_end(theirs)
         self._pending = False
         # The client believes in an engine process that is ready, and is given its messages one by one.
-        self._engine: Any = SimpleNamespace(channel=self)
+        self.channel = self
+        self._engine: Any = self
         self._client._engine, self._client._is_ready = self._engine, True
         self._submit(num_sequences)
 

@@ -146,13 +146,16 @@ class Soak:
                 self.problems.append("a request was refused although the engine had not been killed")
 
     def _problem(self, result: Result, expectation: Expectation) -> str:
-        wrong = expectation.first_wrong(result.plan, result.token_ids)
-        if wrong is not None:
-            return f"token {wrong} of {result.token_ids} is not what the request gives alone"
+        for index, token_ids in result.token_ids.items():
+            wrong = expectation.first_wrong(result.plan, index, token_ids)
+            if wrong is not None:
+                return f"token {wrong} of {token_ids} in answer {index} is not what the request gives alone"
         if result.outcome == "completed":
-            num_tokens, max_tokens = len(result.token_ids), result.plan.sampling.max_tokens
-            if num_tokens != max_tokens or result.finish_reason != "length":
-                return f"it ended with {num_tokens} of {max_tokens} tokens and {result.finish_reason}"
+            max_tokens = result.plan.sampling.max_tokens
+            for index, reason in result.finish_reasons.items():
+                num_tokens = len(result.token_ids[index])
+                if num_tokens != max_tokens or reason != "length":
+                    return f"answer {index} ended with {num_tokens} of {max_tokens} tokens and {reason}"
         elif result.outcome == "failed":
             if KILLED_ERROR not in result.error:
                 return f"it failed with: {result.error}"
@@ -191,7 +194,7 @@ def figures(soak: Soak) -> list[Figure]:
     """All figures, that with the aim first."""
     results = soak.load.results
     outcomes = Counter(result.outcome for result in results)
-    num_tokens = sum(len(result.token_ids) for result in results)
+    num_tokens = sum(result.num_tokens for result in results)
     list_of = [
         Figure("soak_problems", len(soak.problems), "", 0, higher_is_better=False),
         Figure("soak_streams", len(results), ""),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from array import array
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,7 +18,8 @@ from trtforge.errors import CapacityError, TrtforgeError
 from trtforge.runtime.executor import ModelInputs
 from trtforge.runtime.fake_executor import FakeExecutor
 from trtforge.runtime.request import SamplingParams
-from trtforge.runtime.sampling.sampler import sample
+from trtforge.runtime.sampling.sampler import Sampler
+from trtforge.runtime.sampling.state import SamplingState
 
 REQUEST_TIMEOUT_S = 120.0
 REFUSED_PAUSE_S = 0.1
@@ -41,16 +44,22 @@ class Result:
 
     plan: Plan
     outcome: Outcome = "failed"
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
+    token_ids: defaultdict[int, list[int]] = field(default_factory=lambda: defaultdict(list))  # by answer
+    finish_reasons: dict[int, str] = field(default_factory=dict)  # likewise
     error: str = ""
     started_s: float = 0.0
     ended_s: float = 0.0
     problem: str = ""  # something that no kill of the engine explains
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all answers."""
+        return sum(map(len, self.token_ids.values()))
+
 
 def make_plans(count: int, vocab_size: int, max_model_len: int, seed: int) -> list[Plan]:
-    """Requests of mixed lengths, greedy and sampled; a third share one of a few prefixes."""
+    """Requests of mixed lengths, greedy and sampled; a third share one of a few prefixes, some want two or
+    three answers."""
     random = np.random.default_rng(seed)
     prefixes = [tuple(random.integers(0, vocab_size, 48 + 16 * index).tolist()) for index in range(6)]
     plans = []
@@ -68,6 +77,7 @@ def make_plans(count: int, vocab_size: int, max_model_len: int, seed: int) -> li
                 top_k=int(random.choice([0, 20])),
                 top_p=float(random.choice([1.0, 0.875])),
                 seed=int(random.integers(1 << 62)),
+                n=int(random.choice([1, 1, 1, 1, 2, 3])),
             )
         after_tokens = int(random.integers(0, max_tokens + 1)) if index % 16 == 5 else None
         after_s = float(random.uniform(0, 1)) if index % 16 == 12 else None
@@ -80,9 +90,11 @@ class Expectation:
 
     def __init__(self, vocab_size: int, max_model_len: int) -> None:
         self._executor = FakeExecutor(vocab_size, num_blocks=1, block_size=max_model_len)
+        self._sampler = Sampler(vocab_size)
 
-    def first_wrong(self, plan: Plan, token_ids: list[int]) -> int | None:
-        """Index of the first of these tokens that the request alone would not give; None if all are right.
+    def first_wrong(self, plan: Plan, index: int, token_ids: list[int]) -> int | None:
+        """Index of the first of an answer's tokens that the request alone would not give; None if all are
+        right.
 
         One step computes prompt and answer: the token after a right beginning is the one that a step after
         the other would give, since they see the same history.
@@ -94,7 +106,7 @@ class Expectation:
             temperature=options.temperature or 0.0,
             top_k=options.top_k or 0,
             top_p=options.top_p or 1.0,
-            seed=options.seed,
+            seed=None if options.seed is None else options.seed | index << 64,
         )
         tokens = np.array([*plan.prompt, *token_ids[:-1]], dtype=np.int32)
         positions = np.arange(len(tokens), dtype=np.int32)
@@ -108,8 +120,11 @@ class Expectation:
             logits_indices=positions[len(plan.prompt) - 1 :],
         )
         logits = self._executor.execute(inputs).logits
-        expected = sample(logits, [params] * len(token_ids), range(len(token_ids)))
-        wrong = np.flatnonzero(expected != np.array(token_ids))
+        num_prompt_tokens = len(plan.prompt)
+        state = SamplingState(params, array("i", tokens.tolist()), num_prompt_tokens, frozenset())
+        lengths = range(num_prompt_tokens, num_prompt_tokens + len(token_ids))
+        expected = self._sampler.sample(logits, [state] * len(token_ids), lengths).token_ids
+        wrong = np.flatnonzero(np.array(expected) != np.array(token_ids))
         return int(wrong[0]) if wrong.size else None
 
 
@@ -148,8 +163,8 @@ class Load:
                 await self._stream(client, plan, result)
             except CapacityError as error:
                 self.refused_s.append(time.monotonic())
-                if result.token_ids:
-                    result.problem = f"refused after {len(result.token_ids)} tokens: {error}"
+                if result.num_tokens:
+                    result.problem = f"refused after {result.num_tokens} tokens: {error}"
                     break
                 if time.monotonic() > result.started_s + REQUEST_TIMEOUT_S:
                     result.problem = f"still refused after {REQUEST_TIMEOUT_S:.0f} s: {error}"
@@ -174,18 +189,21 @@ class Load:
         finally:
             if timer is not None:
                 timer.cancel()
-        result.outcome = "completed" if result.finish_reason is not None else "cancelled"
+        num_answers = plan.sampling.n or 1
+        result.outcome = "completed" if len(result.finish_reasons) == num_answers else "cancelled"
 
 
 async def _read(stream: AsyncCompletionStream, plan: Plan, result: Result) -> None:
     if plan.cancel_after_tokens == 0:
         stream.close()
     async for chunk in stream:
-        if result.finish_reason is not None:
+        index = chunk.index
+        if index in result.finish_reasons:
             result.problem = "a response came after the last one"
-        result.token_ids += chunk.token_ids
-        result.finish_reason = chunk.finish_reason
-        if chunk.num_output_tokens != len(result.token_ids):
-            result.problem = f"{len(result.token_ids)} tokens arrived of {chunk.num_output_tokens}"
-        if plan.cancel_after_tokens is not None and len(result.token_ids) >= plan.cancel_after_tokens:
+        result.token_ids[index] += chunk.token_ids
+        if chunk.finish_reason is not None:
+            result.finish_reasons[index] = chunk.finish_reason
+        if chunk.num_output_tokens != len(result.token_ids[index]):
+            result.problem = f"{len(result.token_ids[index])} tokens arrived of {chunk.num_output_tokens}"
+        if plan.cancel_after_tokens is not None and result.num_tokens >= plan.cancel_after_tokens:
             stream.close()
