@@ -104,26 +104,27 @@ def test_a_dead_engine_has_no_load(metrics: Metrics) -> None:
 def test_tokens_that_come_together_share_the_time_before_them(
     metrics: Metrics, record: RequestRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    times = iter((record.arrival_s + 1.0, record.arrival_s + 1.3, record.arrival_s + 1.4))
+    times = iter((record.arrival_s + 1.0, record.arrival_s + 1.24, record.arrival_s + 1.3))
     monkeypatch.setattr("trtforge.runtime.request_record.time.monotonic", lambda: next(times))
     assert not record.observe(output(1, start=RequestStart(queue_s=0.25, num_cached_tokens=0)))
     assert not record.observe(output(2, 3, 4))
     assert record.observe(output(5, reason="length"))
     latency = by_name(metrics.inter_token_latency)
     assert latency["count"] == 4
-    assert latency["sum"] == pytest.approx(0.4)
-    assert (latency["0.1"], latency["0.075"]) == (pytest.approx(4, abs=3), 0)
+    assert latency["sum"] == pytest.approx(0.3)
+    # Three of 80 ms and one of 60 ms.
+    assert (latency["0.05"], latency["0.075"], latency["0.1"]) == (0, 1, 4)
     assert by_name(metrics.time_to_first_token)["sum"] == pytest.approx(1.0)
     assert by_name(metrics.queue_time)["sum"] == pytest.approx(0.25)
     assert by_name(metrics.prefill_time)["sum"] == pytest.approx(0.75)
     record.count_end()
-    assert by_name(metrics.decode_time)["sum"] == pytest.approx(0.4)
-    assert by_name(metrics.e2e_latency)["sum"] == pytest.approx(1.4)
+    assert by_name(metrics.decode_time)["sum"] == pytest.approx(0.3)
+    assert by_name(metrics.e2e_latency)["sum"] == pytest.approx(1.3)
     # The phases of its trace follow each other without gaps.
     (queue, prefill, decode) = phases_ns(record)
     assert queue[1] == record.arrival_unix_ns
     assert (queue[2], prefill[2]) == (prefill[1], decode[1])
-    assert decode[2] - queue[1] == pytest.approx(1.4e9, rel=1e-6)
+    assert decode[2] - queue[1] == pytest.approx(1.3e9, rel=1e-6)
 
 
 def test_answers_have_latencies_of_their_own_and_are_one_request(
