@@ -43,7 +43,12 @@ class SchedulerOutput:
     samples: list[bool] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)  # those that were waiting before
     moves: BlockMoves = field(default_factory=BlockMoves)
+    rows_with_state: list[int] = field(default_factory=list)  # indices of sequences with sampling options
     is_plain: bool = True  # one row of logits, and one token from it at most, for each sequence
+
+    def end(self, index: int) -> int:
+        """How many tokens of the sequence at `index` are computed after the step."""
+        return self.starts[index] + self.num_scheduled_tokens[index]
 
     def drop_finished(self) -> None:
         """Take out the sequences that have finished since they were scheduled."""
@@ -53,9 +58,14 @@ class SchedulerOutput:
             self.starts = [self.starts[index] for index in kept]
             self.num_scheduled_tokens = [self.num_scheduled_tokens[index] for index in kept]
             self.samples = [self.samples[index] for index in kept]
+            self.rows_with_state = [
+                row for row, sequence in enumerate(self.sequences) if sequence.sampling_state is not None
+            ]
 
     def append(self, sequence: Sequence, num_tokens: int) -> None:
         """Schedule the sequence's next tokens."""
+        if sequence.sampling_state is not None:
+            self.rows_with_state.append(len(self.sequences))
         self.sequences.append(sequence)
         self.starts.append(sequence.num_computed_tokens)
         self.num_scheduled_tokens.append(num_tokens)

@@ -41,22 +41,19 @@ class StepResults:
         For the next token of a sequence that samples a placeholder stands at the end of its tokens.
         """
         results: list[EngineOutput] = []
-        self._cache_full_blocks(scheduled)
-        sample = self._sample_one_each if scheduled.is_plain else self._sample_any
-        new_tokens = sample(scheduled, outputs, results)
+        if scheduled.is_plain:
+            new_tokens = self._sample_one_each(scheduled, outputs, results)
+        else:
+            new_tokens = self._sample_any(scheduled, outputs, results)
         for sequence, token_ids, logprobs in new_tokens:
             if sequence.status != "finished":
                 self._extend(sequence, token_ids, logprobs, results)
         return results
 
-    def _cache_full_blocks(self, scheduled: SchedulerOutput) -> None:
-        block_size = self._kv_cache.block_size
-        for sequence, start, num_tokens in zip(
-            scheduled.sequences, scheduled.starts, scheduled.num_scheduled_tokens, strict=True
-        ):
-            end = start + num_tokens - sequence.num_draft_tokens
-            if end >= (sequence.num_cached_blocks + 1) * block_size and sequence.status == "running":
-                self._kv_cache.cache_full_blocks(sequence, end)
+    def _cache_full_blocks(self, sequence: Sequence, num_tokens: int) -> None:
+        """The first `num_tokens` tokens are computed, and are certain."""
+        if sequence.status == "running":
+            self._kv_cache.cache_full_blocks(sequence, num_tokens)
 
     def fail(self, sequences: Iterable[Sequence], problem: str) -> list[EngineOutput]:
         """End the requests of the sequences that have not finished."""
@@ -90,29 +87,36 @@ class StepResults:
         back.
         """
         sequences = scheduled.sequences
-        states = [
-            sequence.sampling_state if is_last else None
-            for sequence, is_last in zip(sequences, scheduled.samples, strict=True)
-        ]
-        lengths = [len(sequence.token_ids) - 1 for sequence in sequences]
+        states: list[SamplingState | None] = [None] * len(sequences)
+        lengths = [0] * len(sequences)
+        for row in scheduled.rows_with_state:
+            if scheduled.samples[row]:
+                states[row] = sequences[row].sampling_state
+                lengths[row] = len(sequences[row].token_ids) - 1
         sampled = self._sampler.sample(outputs.logits, states, lengths, argmax=outputs.argmax)
         logprobs = sampled.logprobs
+        block_size = self._kv_cache.block_size
         others: list[_NewTokens] = []
-        for row, (sequence, is_last, token_id, length) in enumerate(
-            zip(sequences, scheduled.samples, sampled.token_ids, lengths, strict=True)
+        for row, (sequence, is_last, token_id) in enumerate(
+            zip(sequences, scheduled.samples, sampled.token_ids, strict=True)
         ):
+            known = sequence.token_ids
+            # All tokens before the placeholder are computed, or those up to the chunk's end.
+            num_computed = len(known) - 1 if is_last else scheduled.end(row)
+            if num_computed >= (sequence.num_cached_blocks + 1) * block_size:
+                self._cache_full_blocks(sequence, num_computed)
             if not is_last or sequence.status == "finished":
                 continue
             if (
                 states[row] is not None
                 or token_id < 0
                 or token_id in sequence.stop_token_ids
-                or length + 1 >= sequence.max_num_tokens
-                or length == sequence.num_prompt_tokens
+                or num_computed + 1 >= sequence.max_num_tokens
+                or num_computed == sequence.num_prompt_tokens
             ):
                 others.append((sequence, [token_id], None if logprobs is None else logprobs[row : row + 1]))
                 continue
-            sequence.token_ids[length] = token_id
+            known[num_computed] = token_id
             results.append(EngineOutput(sequence.request_id, (token_id,), None, sequence.order[2]))
         return others
 
@@ -132,6 +136,7 @@ class StepResults:
             scheduled.samples,
             strict=True,
         ):
+            self._cache_full_blocks(sequence, start + num_tokens - sequence.num_draft_tokens)
             end = row + num_logits(sequence, num_tokens)
             if sequence.wants_prompt_logprobs and sequence.status != "finished":
                 self._give_prompt_logprobs(sequence, start, outputs.logits[row:end], results)
