@@ -199,7 +199,7 @@ def batching_figures(runs: dict[str, list[Spent]], mix: Mix, batch_size: int) ->
             cell = str(median) if unit == "num_steps" else f"{sum(answers) / median:.1f}"
             cells.append(cell if name == "inflight" else f"{cell} ({speedup:.2f}x)")
             if name != "inflight":
-                aim = AIM_SPEEDUP if (name, unit) == ("waves", "seconds") else None
+                aim = AIM_SPEEDUP if (name, unit) == ("padded", "seconds") else None
                 figures.append(Figure(f"inflight_over_{name}_{unit}", speedup, "x", aim))
             if unit != "num_steps":
                 figures.append(Figure(f"batching_{name}_by_{unit}", sum(answers) / median, "tokens/s"))

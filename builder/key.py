@@ -14,7 +14,7 @@ from trtforge.builder.plan import BuildPlan
 # The packages that shape the graph and the tokenizer's files.
 _TOOLS = ("onnx", "onnx-ir", "onnxscript", "tokenizers", "torch", "transformers")
 # What of this package ends up in the output, by writing it or as a copy.
-_SOURCES = ("builder", "plugins", "model_repository", "manifest.py", "wire.py")
+_SOURCES = ("builder", "plugins", "model_repository", "engine_options.py", "manifest.py", "wire.py")
 
 
 def build_key(content_key: str, plan: BuildPlan) -> str:
