@@ -11,7 +11,9 @@
 # which aiperf is; METRICS_URL; VOCAB_SIZE (256)
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-[[ $# -gt 0 ]] || { sed -n '2,12s/^# \{0,1\}//p' "scripts/load_test.sh" >&2; exit 2; }
+usage() { sed -n '2,12s/^# \{0,1\}//p' "scripts/load_test.sh"; }
+[[ $# -gt 0 ]] || { usage >&2; exit 2; }
+[[ $1 != -h && $1 != --help ]] || { usage; exit 0; }
 read -ra concurrencies <<<"${CONCURRENCY:-1 4}"
 read -ra chosen <<<"${TOOLS:-perf_analyzer genai-perf aiperf bench}"
 read -ra trtforge <<<"${TRTFORGE:-.venv/bin/trtforge}"
