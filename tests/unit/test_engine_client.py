@@ -66,8 +66,9 @@ def submit(
 
 
 def engine_processes(repository: Path) -> list[psutil.Process]:
+    """Those of this process's own clients; a server of other tests may serve the same repository."""
     option = f"--model-dir={repository / 'llm' / '1'}"
-    return [p for p in psutil.process_iter(["cmdline"]) if option in (p.info["cmdline"] or ())]
+    return [p for p in psutil.Process().children() if option in p.cmdline()]
 
 
 @pytest.fixture
