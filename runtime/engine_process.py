@@ -140,10 +140,13 @@ def run(
     """
     while True:
         while not (core.has_work() and inbox.empty()):
+            if not core.has_work():
+                watchdog.disarm()
             message = inbox.get()
             match message:
                 case Shutdown():
                     core.close()
+                    watchdog.disarm()
                     return
                 case Add(request) if request.sampling.guided is not None:
                     grammars.submit(request)
@@ -160,8 +163,9 @@ def run(
                 case Cancel(request_id, index):
                     grammars.cancel(request_id)
                     core.cancel(request_id, index)
-        with watchdog:
-            outputs = core.step()
+        # Until the next step begins, since this one ends with the executor at work on the next.
+        watchdog.arm()
+        outputs = core.step()
         # Also without outputs: the client takes an engine that is silent for too long for dead.
         channel.send(Outputs(outputs, core.stats))
 

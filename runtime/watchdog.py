@@ -14,11 +14,11 @@ MAX_POLL_INTERVAL_S = 1.0
 
 
 class StepWatchdog:
-    """Ends this process with STEP_TIMEOUT_SIGNAL when what runs inside `with watchdog:` takes too long.
+    """Ends this process with STEP_TIMEOUT_SIGNAL when it is not armed again, or disarmed, in time.
 
     Every thread's traceback goes to standard error before. The kernel's timer and a signal handler that
     is not Python's do it, so native code that holds the interpreter lock does not keep it from working.
-    Entering and leaving take about 3 µs together. To be made and used in the main thread.
+    Arming and disarming take about 3 µs together. To be made and used in the main thread.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -29,10 +29,12 @@ class StepWatchdog:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {STEP_TIMEOUT_SIGNAL})
         faulthandler.register(STEP_TIMEOUT_SIGNAL, all_threads=True, chain=True)
 
-    def __enter__(self) -> None:
+    def arm(self) -> None:
+        """The time starts, again if it has started before."""
         signal.setitimer(signal.ITIMER_REAL, self._timeout_s)
 
-    def __exit__(self, *_: object) -> None:
+    def disarm(self) -> None:
+        """Nothing is waited for."""
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 

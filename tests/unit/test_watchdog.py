@@ -33,10 +33,11 @@ def run_step(step: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
         from trtforge.runtime.watchdog import StepWatchdog
         threading.Thread(target=time.sleep, args=(60,), name="other", daemon=True).start()
         watchdog = StepWatchdog({timeout_s})
-        with watchdog:
-            pass
-        with watchdog:
-            {step}
+        watchdog.arm()
+        watchdog.disarm()
+        watchdog.arm()
+        {step}
+        watchdog.disarm()
         print("done")
     """
     before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
@@ -59,7 +60,7 @@ def test_a_step_that_takes_too_long_ends_the_process_with_all_tracebacks(step: s
 def test_between_and_without_limits_time_does_not_matter() -> None:
     assert run_step("time.sleep(0.3)", timeout_s=0).stdout == "done\n"
     # Outside of steps nothing is limited.
-    ended = run_step("pass\n        time.sleep(0.5)", timeout_s=0.2)
+    ended = run_step("watchdog.disarm(); time.sleep(0.5)", timeout_s=0.2)
     assert (ended.returncode, ended.stdout) == (0, "done\n")
 
 
