@@ -222,7 +222,7 @@ def test_the_key_follows_the_builders_sources_only(tmp_path: Path) -> None:
     ):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text("")
-    for name in ("manifest.py", "wire.py"):
+    for name in ("engine_options.py", "manifest.py", "wire.py"):
         (package / name).write_text("")
     digest = sources_digest(package)
     (package / "runtime" / "scheduler.py").write_text("x")
