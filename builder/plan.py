@@ -8,12 +8,10 @@ from typing import Any
 
 from trtforge.builder.options import OPENVINO_BLOCK_SIZE, BuildOptions
 from trtforge.errors import ConfigError
-from trtforge.manifest import DType, KVCacheLayout, LayerCache, Limits, Runtime
+from trtforge.manifest import MAX_SLOTS, DType, KVCacheLayout, LayerCache, Limits, Runtime
 
 DEFAULT_KV_CACHE_BYTES = 2**30
 DEFAULT_MAX_MODEL_LEN = 8192
-# slot_mapping holds block * block_size + offset as int32.
-_MAX_SLOTS = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +96,11 @@ def plan_kv_cache(plan: BuildPlan, layers: Sequence[LayerCache]) -> KVCacheLayou
                 else f"give that much (one block of {plan.block_size} tokens alone is {block_bytes} bytes)"
             )
         )
-    if num_blocks * plan.block_size > _MAX_SLOTS:
+    if num_blocks * plan.block_size > MAX_SLOTS:
         raise ConfigError(
             f"--kv-cache-bytes {plan.kv_cache_bytes} makes {num_blocks} blocks of {plan.block_size} tokens, "
             "more than slot numbers of 32 bits reach: give at most "
-            f"{_MAX_SLOTS // plan.block_size * block_bytes}"
+            f"{MAX_SLOTS // plan.block_size * block_bytes}"
         )
     return one_block.model_copy(update={"num_blocks": num_blocks})
 

@@ -7,10 +7,8 @@ from pathlib import Path
 
 from trtforge.engine_options import EngineOptions
 from trtforge.errors import ConfigError
-from trtforge.manifest import KVCacheLayout, Manifest
+from trtforge.manifest import MAX_SLOTS, KVCacheLayout, Manifest
 
-# slot_mapping holds block * block_size + offset as int32.
-_MAX_SLOTS = 2**31 - 1
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -54,11 +52,11 @@ def plan_memory(manifest: Manifest, options: EngineOptions, available_bytes: int
     if options.kv_cache_fraction:
         limits.append(int(options.kv_cache_fraction * available_bytes))
     num_blocks = min(limits) // block_bytes if limits else layout.num_blocks
-    if not 0 < num_blocks * layout.block_size <= _MAX_SLOTS:
+    if not 0 < num_blocks * layout.block_size <= MAX_SLOTS:
         raise ConfigError(
             f"kv_cache_bytes {options.kv_cache_bytes} and kv_cache_fraction {options.kv_cache_fraction} of "
             f"{available_bytes} bytes make {num_blocks} blocks of {block_bytes} bytes: allowed are 1 to "
-            f"{_MAX_SLOTS // layout.block_size}"
+            f"{MAX_SLOTS // layout.block_size}"
         )
     num_host_blocks = options.swap_bytes // block_bytes
     if options.preemption_mode == "swap" and not num_host_blocks:

@@ -118,11 +118,6 @@ class GrammarMatcher:
         """Whether a stop token has ended the grammar: nothing can follow."""
         return bool(self._matcher.is_terminated())
 
-    @property
-    def is_completed(self) -> bool:
-        """Whether the answer could end here."""
-        return bool(self._matcher.is_completed())
-
     def accept(self, token_ids: Sequence[int]) -> int:
         """Advance by tokens up to the first one that the grammar refuses; returns how many it took."""
         for num_accepted, token_id in enumerate(token_ids):

@@ -48,11 +48,6 @@ class SamplingState:
         self.num_accepted = num_prompt_tokens
         self.processors = tuple(_processors(params, token_ids[:num_prompt_tokens], stop_token_ids, matcher))
 
-    @property
-    def wants_logprobs(self) -> bool:
-        """Whether log-probabilities of the generated tokens were asked for."""
-        return self.params.logprobs is not None
-
     def history(self, length: int) -> History:
         """The first `length` tokens, which are all accepted ones and maybe drafts."""
         if not self.num_accepted <= length <= len(self.token_ids):

@@ -14,6 +14,8 @@ from trtforge.errors import ConfigError
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION: Literal[1] = 1
+# slot_mapping holds block * block_size + offset as int32.
+MAX_SLOTS = 2**31 - 1
 
 Runtime = Literal["openvino", "tensorrt", "tensorrt-rtx", "reference", "fake"]
 DType = Literal["float32", "bfloat16", "float16"]
