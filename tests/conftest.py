@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -112,6 +114,25 @@ def make_fake_repository(
 def fake_repository(make_fake_repository: Callable[..., Path]) -> Path:
     """A repository of the fake executor with room for 16 full sequences."""
     return make_fake_repository()
+
+
+@pytest.fixture(scope="session")
+def find_engines() -> Callable[..., list[psutil.Process]]:
+    """`find_engines(repository, own=False)`: the engine processes that serve its model "llm".
+
+    `own`: those of this process's own clients alone; another test's server may serve the same repository.
+    """
+
+    def find(repository: Path, *, own: bool = False) -> list[psutil.Process]:
+        option = f"--model-dir={repository / 'llm' / VERSION_FOLDER}"
+        # What is asked for in advance is None of a process that ended meanwhile, or was not waited for.
+        return [
+            process
+            for process in psutil.process_iter(["cmdline", "ppid"])
+            if option in (process.info["cmdline"] or ()) and (not own or process.info["ppid"] == os.getpid())
+        ]
+
+    return find
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ import pytest
 from trtforge.client.aio import AsyncClient
 from trtforge.client.protocol import Guide
 from trtforge.client.streaming import Chunk, Client, RequestOptions, SamplingOptions
-from trtforge.client.triton_server import TritonServer
+from trtforge.client.triton_server import Ports, TritonServer
 from trtforge.errors import CapacityError, RequestError, RequestTimeoutError, ServerError, TrtforgeError
 
 pytestmark = pytest.mark.e2e
@@ -370,14 +370,14 @@ def test_timeout_cancels(scripted_server: TritonServer, client: Client, consume:
 
 @both_clients
 def test_a_killed_server_ends_its_streams(
-    make_scripted_repository: Callable[..., Path],
-    triton_server: Callable[[Path], TritonServer],
-    consume: Any,
+    make_scripted_repository: Callable[..., Path], consume: Any
 ) -> None:
     repository = make_scripted_repository()
-    server = triton_server(repository)
     chunks: list[Chunk] = []
-    with ThreadPoolExecutor(1) as pool:
+    with (
+        TritonServer(repository, ports=Ports(http=0, grpc=0, metrics=0)) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
         consumer = pool.submit(consume, server.grpc_url, ENDLESS, timeout_s=60, received=chunks)
         while not chunks:
             time.sleep(0.01)

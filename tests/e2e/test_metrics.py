@@ -29,6 +29,7 @@ MAX_MODEL_LEN = 128 * 1024
 SECRET = "The walrus and the carpenter"
 ANY_FREE_PORTS = Ports(http=0, grpc=0, metrics=0)
 
+FindEngines = Callable[..., list[psutil.Process]]
 Metrics = defaultdict[str, float]  # of a series: name{label="value"}, without the model's label
 
 
@@ -224,13 +225,12 @@ def test_responses_carry_the_clients_id(server: TritonServer) -> None:
 
 
 def test_counters_survive_a_killed_engine(
-    server: TritonServer, client: Client, repository: Path, before: Metrics
+    server: TritonServer, client: Client, repository: Path, before: Metrics, find_engines: FindEngines
 ) -> None:
     stream = client.stream("Hello", sampling=SamplingOptions(max_tokens=MAX_MODEL_LEN))
     next(stream)
     time.sleep(PUBLISHED_AFTER_S)
-    option = f"--model-dir={repository / 'llm' / '1'}"
-    (engine,) = [p for p in psutil.process_iter(["cmdline"]) if option in (p.info["cmdline"] or ())]
+    (engine,) = find_engines(repository)
     engine.kill()
     with pytest.raises(ServerError):
         list(stream)

@@ -33,6 +33,7 @@ SPECS = {spec.name: spec for spec in wire.REQUEST_TENSORS}
 MAX_MODEL_LEN = 128 * 1024
 
 StartServer = Callable[[Path], TritonServer]
+FindEngines = Callable[..., list[psutil.Process]]
 
 
 @pytest.fixture(scope="module")
@@ -277,14 +278,15 @@ def test_64_streams_at_once_equal_each_alone(client: Client) -> None:
         assert list(pool.map(stream, range(64))) == alone
 
 
-def test_a_killed_engine_fails_its_requests_and_comes_back(server: TritonServer, repository: Path) -> None:
+def test_a_killed_engine_fails_its_requests_and_comes_back(
+    server: TritonServer, repository: Path, find_engines: FindEngines
+) -> None:
     expected = ask(server, text_input="Hello")
     refusals: list[str] = []
     endless = infer_request(text_input="Hello", max_tokens=MAX_MODEL_LEN, stream=True)
     running = stream_infer(server, endless)
     next(running)
-    option = f"--model-dir={repository / 'llm' / '1'}"
-    (engine,) = [p for p in psutil.process_iter(["cmdline"]) if option in (p.info["cmdline"] or ())]
+    (engine,) = find_engines(repository)
     engine.kill()
     with pytest.raises(Refused, match=r"INTERNAL: the engine process died \(signal SIGKILL\)"):
         list(running)

@@ -28,6 +28,7 @@ GREEDY = SamplingParams(max_tokens=24)
 ENDLESS = SamplingParams(max_tokens=100_000)
 
 Start = Callable[..., EngineClient]
+FindEngines = Callable[..., list[psutil.Process]]
 
 
 class Answer:
@@ -63,12 +64,6 @@ def submit(
     answer = Answer()
     client.submit(GenerationRequest(name, prompt, sampling), answer)
     return answer
-
-
-def engine_processes(repository: Path) -> list[psutil.Process]:
-    """Those of this process's own clients; a server of other tests may serve the same repository."""
-    option = f"--model-dir={repository / 'llm' / '1'}"
-    return [p for p in psutil.Process().children() if option in p.cmdline()]
 
 
 @pytest.fixture
@@ -205,7 +200,9 @@ def test_a_callback_that_raises_harms_only_its_own_request(client: EngineClient)
     assert submit(client, "Hello", name="broken").text() == expected
 
 
-def test_when_the_engine_dies_requests_fail_and_it_comes_back(start: Start, long_repository: Path) -> None:
+def test_when_the_engine_dies_requests_fail_and_it_comes_back(
+    start: Start, long_repository: Path, find_engines: FindEngines
+) -> None:
     client = start(long_repository)
     expected = submit(client, "Hello").text()
     refused: list[Exception] = []
@@ -224,7 +221,7 @@ def test_when_the_engine_dies_requests_fail_and_it_comes_back(start: Start, long
         client.submit(GenerationRequest(str(i), "Hello", ENDLESS), answer)
     for answer in answers:
         answer.started.wait(TIMEOUT_S)
-    (engine,) = engine_processes(long_repository)
+    (engine,) = find_engines(long_repository, own=True)
     engine.kill()
     for answer in answers:
         last = answer.last()
@@ -240,7 +237,9 @@ def test_when_the_engine_dies_requests_fail_and_it_comes_back(start: Start, long
     assert submit(client, "Hello", name="again").text() == expected
 
 
-def test_a_model_that_cannot_be_served(fake_repository: Path, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_served(
+    fake_repository: Path, tmp_path: Path, find_engines: FindEngines
+) -> None:
     shutil.copytree(fake_repository, tmp_path / "copy")
     folder = tmp_path / "copy" / "llm" / "1"
     Manifest.load(folder).model_copy(update={"runtime": "tensorrt"}).save(folder)
@@ -248,7 +247,7 @@ def test_a_model_that_cannot_be_served(fake_repository: Path, tmp_path: Path) ->
     with pytest.raises(ConfigError, match="'tensorrt', which cannot be served"):
         client.start()
     assert not client.is_alive
-    assert engine_processes(tmp_path / "copy") == []
+    assert find_engines(tmp_path / "copy", own=True) == []
     client.close()
 
 
@@ -265,11 +264,11 @@ def test_an_engine_that_dies_while_it_starts(
     client.close()
 
 
-def test_close_ends_everything(start: Start, long_repository: Path) -> None:
+def test_close_ends_everything(start: Start, long_repository: Path, find_engines: FindEngines) -> None:
     client = start(long_repository)
     answer = submit(client, "Hello", ENDLESS)
     answer.started.wait(TIMEOUT_S)
-    (engine,) = engine_processes(long_repository)
+    (engine,) = find_engines(long_repository, own=True)
     client.close()
     assert not engine.is_running()
     last = answer.last()
@@ -305,11 +304,11 @@ def test_the_engine_does_not_outlive_its_owner(fake_repository: Path, stop_signa
 
 
 def test_the_engine_itself_ignores_the_signals_of_a_terminal(
-    client: EngineClient, fake_repository: Path
+    client: EngineClient, fake_repository: Path, find_engines: FindEngines
 ) -> None:
     expected = submit(client, "Hello").text()
-    (engine,) = engine_processes(fake_repository)
+    (engine,) = find_engines(fake_repository, own=True)
     engine.send_signal(signal.SIGINT)
     engine.send_signal(signal.SIGTERM)
     assert submit(client, "Hello").text() == expected
-    assert engine_processes(fake_repository) == [engine]
+    assert find_engines(fake_repository, own=True) == [engine]

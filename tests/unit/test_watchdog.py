@@ -78,19 +78,23 @@ def test_silence_counts_only_while_there_is_work() -> None:
 
 
 @pytest.fixture
-def impatient_client(
-    make_fake_repository: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[EngineClient]:
+def repository(make_fake_repository: Callable[..., Path]) -> Path:
+    return make_fake_repository(num_blocks=8192, max_model_len=8192 * 16)
+
+
+@pytest.fixture
+def impatient_client(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EngineClient]:
     monkeypatch.setattr(engine_handle, "SILENCE_MARGIN_S", 0.5)
-    repository = make_fake_repository(num_blocks=8192, max_model_len=8192 * 16)
     client = EngineClient(repository / "llm" / "1", EngineOptions(step_timeout_s=1))
     client.start()
     yield client
     client.close()
 
 
-def test_a_stopped_engine_is_replaced(impatient_client: EngineClient) -> None:
-    (engine,) = psutil.Process().children()
+def test_a_stopped_engine_is_replaced(
+    impatient_client: EngineClient, repository: Path, find_engines: Callable[..., list[psutil.Process]]
+) -> None:
+    (engine,) = find_engines(repository, own=True)
     outputs: list[GenerationOutput] = []
     started, ended = threading.Event(), threading.Event()
 

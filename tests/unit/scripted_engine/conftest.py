@@ -21,6 +21,8 @@ TIMEOUT_S = 30
 class ScriptedEngine:
     """Both the handle of an engine and the channel to it."""
 
+    was_cut_off = False
+
     def __init__(self, *_: object) -> None:
         self.channel = self
         self.sent: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()  # by the client
