@@ -12,20 +12,9 @@ import onnx
 from onnxscript import ir
 
 from trtforge.errors import PluginError
-from trtforge.plugins.body import STANDARD_OPSET, Body, WriteBody
-from trtforge.plugins.linear import function as linear
-from trtforge.plugins.linear.op import LINEAR
-from trtforge.plugins.moe_experts import function as moe_experts
-from trtforge.plugins.moe_experts.op import MOE_EXPERTS
-from trtforge.plugins.op import DOMAIN, AttributeValue, OpSpec
-from trtforge.plugins.paged_attention import function as paged_attention
-from trtforge.plugins.paged_attention.op import PAGED_ATTENTION
-
-_BODIES: dict[str, tuple[OpSpec, WriteBody]] = {
-    PAGED_ATTENTION.name: (PAGED_ATTENTION, paged_attention.write_body),
-    LINEAR.name: (LINEAR, linear.write_body),
-    MOE_EXPERTS.name: (MOE_EXPERTS, moe_experts.write_body),
-}
+from trtforge.plugins.body import STANDARD_OPSET, Body
+from trtforge.plugins.op import DOMAIN, AttributeValue
+from trtforge.plugins.operators import OPERATORS
 
 Model = TypeVar("Model", onnx.ModelProto, ir.Model)
 
@@ -47,7 +36,7 @@ def add_function_bodies(model: Model) -> Model:
     for node in model.graph:
         if node.domain != DOMAIN:
             continue
-        if node.op_type not in _BODIES:
+        if node.op_type not in OPERATORS:
             raise PluginError(f"the model has an operator {DOMAIN}::{node.op_type}, which is not known here")
         key = _variant(node)
         if key not in variants:
@@ -67,7 +56,8 @@ def _variant(node: ir.Node) -> _Variant:
 
 
 def _function(node: ir.Node, name: str) -> ir.Function:
-    spec, write_body = _BODIES[node.op_type]
+    operator = OPERATORS[node.op_type]
+    spec = operator.spec
     given = [*node.inputs, *[None] * (len(spec.inputs) - len(node.inputs))]
     inputs = {
         tensor.name: None if value is None else ir.Value(name=tensor.name)
@@ -76,7 +66,7 @@ def _function(node: ir.Node, name: str) -> ir.Function:
     names = {attribute.name for attribute in spec.attributes}
     attributes = {name: attribute.value for name, attribute in node.attributes.items() if name in names}
     body = Body()
-    outputs = write_body(body, inputs, spec.node_attributes(**attributes))
+    outputs = operator.write_body(body, inputs, spec.node_attributes(**attributes))
     # A parameter that the node leaves out in the middle stays in the list, unused.
     parameters = [inputs[tensor.name] or ir.Value(name=tensor.name) for tensor in spec.inputs]
     graph = ir.Graph(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy.typing as npt
@@ -51,6 +51,8 @@ class OpSpec:
     outputs: tuple[Tensor, ...]
     dtypes: Mapping[str, Sequence[str]]  # type variable -> ONNX type strings
     attributes: tuple[Attribute, ...] = ()
+    # Output -> the input whose memory it shares where the runtime can: the operator works in place.
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def node_attributes(self, **values: AttributeValue) -> dict[str, AttributeValue]:
         """All attributes of a node: `values`, defaults for the rest, and how TensorRT finds the plugin.

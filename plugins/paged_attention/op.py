@@ -32,4 +32,5 @@ PAGED_ATTENTION = OpSpec(
         Attribute("window", "int", 0),  # tokens that a token sees, itself included; 0: all before it
         Attribute("softcap", "float", 0.0),  # c * tanh(score / c); 0: off
     ),
+    aliases={"kv_cache_out": "kv_cache"},
 )
