@@ -29,6 +29,9 @@ ENGINE_MODULE = b"trtforge.runtime.engine_process"
 # Ends an engine; its client knows from the signal that the time to finish is over.
 CUT_OFF_SIGNAL = signal.SIGUSR1
 
+# A server opens its ports a moment before it handles SIGTERM, which until then ends it out of order.
+HANDLER_TIMEOUT_S = 0.5
+
 ORDER_POLL_S = 0.02
 REAP_TIMEOUT_S = 5.0
 PR_SET_PDEATHSIG = 1
@@ -75,7 +78,18 @@ def _wait_for_exit(pid: int, lifeline: Lifeline, timeout_s: float) -> bool:
     return True
 
 
+def _handles_sigterm(pid: int) -> bool:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "SigCgt":
+            return bool(int(value, 16) >> (signal.SIGTERM - 1) & 1)
+    return True  # a kernel that does not say, such as gVisor
+
+
 def _stop(pid: int, lifeline: Lifeline, drain_timeout_s: float) -> None:
+    deadline = time.monotonic() + HANDLER_TIMEOUT_S
+    while not _has_exited(pid) and not _handles_sigterm(pid) and time.monotonic() < deadline:
+        lifeline.wait(ORDER_POLL_S)
     os.kill(pid, signal.SIGTERM)
     # Without engines to end, requests that are left would keep the server for ever.
     if not _wait_for_exit(pid, lifeline, drain_timeout_s) and _cut_off_engines(session=pid):
