@@ -1,0 +1,88 @@
+"""The cases of all operators in one form, on numpy arrays and on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from trtforge.plugins.fp8_gemm import cases as fp8_gemm
+from trtforge.plugins.int4_gemm import cases as int4_gemm
+from trtforge.plugins.launch import Call, Kernel
+from trtforge.plugins.op import Array, AttributeValue
+from trtforge.plugins.operators import OPERATORS
+from trtforge.plugins.paged_attention import cases as paged_attention
+
+DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+# A torch tensor is made from the same bits in a type that numpy has.
+_CARRIERS = {"bfloat16": (np.int16, torch.bfloat16), "float8_e4m3fn": (np.uint8, torch.float8_e4m3fn)}
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One call of an operator, and how far its outputs may be from the reference's."""
+
+    operator: str
+    name: str
+    inputs: Mapping[str, Array]
+    attributes: Mapping[str, AttributeValue]
+    relative: float
+    absolute: float
+
+    @property
+    def call(self) -> Call:
+        """What kernels are chosen by."""
+        return Call(
+            shapes={name: array.shape for name, array in self.inputs.items()},
+            dtypes={name: array.dtype.name for name, array in self.inputs.items()},
+            attributes=self.attributes,
+        )
+
+    def reference(self) -> tuple[Array, ...]:
+        """The outputs that the operator's reference computes."""
+        operator = OPERATORS[self.operator]
+        inputs = [self.inputs.get(tensor.name) for tensor in operator.spec.inputs]
+        outputs = operator.reference(*inputs, **self.attributes)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def all_samples() -> Iterator[Sample]:
+    """Every case of every operator that has kernels, in both 16-bit dtypes where a case leaves it open."""
+    for case in paged_attention.CASES:
+        inputs = paged_attention.make_inputs(case)
+        tolerance = paged_attention.TOLERANCE[case.dtype]
+        yield Sample("PagedAttention", case.name, inputs, case.attributes, tolerance, tolerance)
+    for dtype_name, dtype in DTYPES.items():
+        for name, int4_case in int4_gemm.CASES.items():
+            inputs = int4_gemm.exact_inputs(int4_case, dtype)
+            yield Sample("Int4Gemm", f"{name}-{dtype_name}", inputs, {}, 0.0, 0.0)
+        for name, fp8_case in fp8_gemm.CASES.items():
+            inputs = fp8_gemm.random_inputs(fp8_case, dtype, ml_dtypes.float8_e4m3fn)
+            tolerances = fp8_gemm.RELATIVE[dtype_name], fp8_gemm.ABSOLUTE
+            yield Sample("Fp8Gemm", f"{name}-{dtype_name}", inputs, fp8_case.attributes, *tolerances)
+
+
+def kernels_of(calls: Iterator[tuple[str, Call]], arch: int) -> list[Kernel]:
+    """All that these calls of operators, by name, may launch."""
+    chosen: set[Kernel] = set()
+    for name, call in calls:
+        kernels = OPERATORS[name].kernels
+        if kernels is not None:
+            chosen.update(kernels.choices(call, arch))
+    return sorted(chosen, key=lambda kernel: kernel.name)
+
+
+def to_device(array: Array) -> torch.Tensor:
+    """The same values on the current GPU."""
+    carrier, dtype = _CARRIERS.get(array.dtype.name, (None, None))
+    if carrier is None or dtype is None:
+        return torch.from_numpy(array).cuda()
+    return torch.from_numpy(array.view(carrier)).cuda().view(dtype)
+
+
+def to_float32(tensor: torch.Tensor) -> Array:
+    """The same values on the host."""
+    return tensor.float().cpu().numpy()
