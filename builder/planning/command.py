@@ -60,8 +60,9 @@ def plan(
 ) -> None:
     """Say what a deployment needs and how fast it can be, before anything is built.
 
-    Only the model's config is read: no weights are downloaded and no GPU is needed. Times are a roofline, an
-    upper bound of speed; docs/planning.md has the formulas and what they leave out.
+    Only the model's config is read: no weights are downloaded and no GPU is needed.
+
+    Times are a roofline, an upper bound of speed: docs/planning.md has the formulas.
 
     \b
     Examples:

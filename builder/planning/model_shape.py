@@ -7,6 +7,7 @@ one that calls attention, and the last matmul of a module is the one that leads 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,12 +73,12 @@ class ModelShape:
 
 def measure(hf: Any) -> ModelShape:
     """The sizes of the meta model `hf`. Raises ExportError for a model that the builder cannot trace."""
-    called: list[tuple[torch.nn.Module, int]] = []  # modules that multiply, and experts a token
-    handles = [
-        module.register_forward_pre_hook(lambda module, args: called.append((module, _num_active(args))))
-        for module in hf.modules()
-        if _multiplies(module)
-    ]
+    called: dict[torch.nn.Module, int] = {}  # modules that multiply, in order, and experts a token
+
+    def on_call(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        called.setdefault(module, _num_active(args))
+
+    handles = [module.register_forward_pre_hook(on_call) for module in hf.modules() if _multiplies(module)]
     try:
         step = record_attention(hf)
     finally:
@@ -87,7 +88,7 @@ def measure(hf: Any) -> ModelShape:
     embedding, head = hf.get_input_embeddings().weight, hf.get_output_embeddings().weight
     layers = _layers(hf, step, called, parameters)
     everything = sum(_nbytes(parameter) for parameter in parameters.values())
-    in_layers = sum(_layer_bytes(layer) for layer in layers)
+    in_layers = sum(layer.other_bytes + _matmul_bytes(layer.matmuls) for layer in layers)
     is_tied = embedding is head
     outside = _nbytes(embedding) + (0 if is_tied else _nbytes(head))
     return ModelShape(
@@ -120,18 +121,17 @@ def _nbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _layer_bytes(layer: Layer) -> int:
-    return layer.other_bytes + sum(
-        matmul.copies * matmul.out_features * matmul.in_features * matmul.element_bytes
-        for matmul in layer.matmuls
+def _matmul_bytes(matmuls: Iterable[Matmul]) -> int:
+    return sum(
+        matmul.copies * matmul.out_features * matmul.in_features * matmul.element_bytes for matmul in matmuls
     )
 
 
 def _layers(
     hf: Any,
     step: Step,
-    called: list[tuple[torch.nn.Module, int]],
-    parameters: dict[str, torch.nn.Parameter],
+    called: Mapping[torch.nn.Module, int],
+    parameters: Mapping[str, torch.nn.Parameter],
 ) -> tuple[Layer, ...]:
     names = {module: name for name, module in hf.named_modules()}
     prefixes = [_layer_prefix(names[module]) for module, _ in step.callers]
@@ -139,23 +139,21 @@ def _layers(
         raise ExportError(f"{hf.config.model_type} attends more than once in a layer: it cannot be planned")
     layers = []
     for prefix, cache, (attention, num_heads) in zip(prefixes, step.layers, step.callers, strict=True):
-        groups: dict[str, list[tuple[torch.nn.Module, int]]] = defaultdict(list)
-        for module, num_active in called:
+        groups: dict[str, list[torch.nn.Module]] = defaultdict(list)
+        for module in called:
             if names[module].startswith(prefix):
                 parent = names[module] if _is_experts(module) else names[module].rpartition(".")[0]
-                groups[parent].append((module, num_active))
+                groups[parent].append(module)
         matmuls: list[Matmul] = []
-        for parent, members in groups.items():
-            modules = [module for module, _ in members]
+        for parent, modules in groups.items():
             if parent == names[attention]:
                 matmuls += _attention_matmuls(modules, num_heads, cache)
             elif _is_experts(modules[0]):
-                matmuls += _expert_matmuls(*members[0])
+                matmuls += _expert_matmuls(modules[0], called[modules[0]])
             else:
                 matmuls += _mlp_matmuls(modules)
-        layer = Layer(num_heads, cache, tuple(matmuls), other_bytes=0)
         in_layer = sum(_nbytes(value) for name, value in parameters.items() if name.startswith(prefix))
-        layers.append(Layer(num_heads, cache, tuple(matmuls), in_layer - _layer_bytes(layer)))
+        layers.append(Layer(num_heads, cache, tuple(matmuls), in_layer - _matmul_bytes(matmuls)))
     return tuple(layers)
 
 

@@ -56,7 +56,7 @@ def _verdict(report: PlanReport) -> str:
     if report.fits:
         return f"Fits, with room for {longest} and more."
     if not report.remedies:
-        return f"Does not fit with {longest}; no single option of this command makes it fit."
+        return f"Does not fit with {longest}, nor with fewer bits or more ranks of one machine."
     return f"Does not fit with {longest}. Each of these makes it fit: {'; '.join(report.remedies)}."
 
 

@@ -190,10 +190,10 @@ def test_pipeline_stages() -> None:
     assert [stage.num_layers for stage in capacity.stages] == [27, 27, 26]
     assert sum(stage.weight_bytes for stage in capacity.stages) == 2 * model.num_parameters
     assert sum(stage.kv_bytes_per_token for stage in capacity.stages) == 320 * 2**10
-    table = 2 * 128256 * 8192
+    table, last_norm = 2 * 128256 * 8192, 2 * 8192
     first, middle, last = (stage.weight_bytes for stage in capacity.stages)
-    assert first - middle == table
-    assert last - middle == table + 2 * 8192 - (middle - capacity.stages[1].other_bytes) // 27 - 4 * 8192
+    assert first == middle + table
+    assert last == middle // 27 * 26 + last_norm + table
 
 
 def test_a_tied_embedding_is_there_once_but_on_both_ends_of_a_pipeline() -> None:
