@@ -25,13 +25,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from batching import ChatDriver, ChatResult, CountingExecutor, Spent, generate_all, generate_in_waves
-from chart import Chart, Series, write_svg
 from common import Figure, describe_machine, finish
 from kv_occupancy import Occupancy, contiguous, paged
 from rich.console import Console
 from rich.table import Table
 from traces import SHAREGPT_ANSWER_TOKENS, SHAREGPT_PROMPT_TOKENS, Chats, Mix, Request
 
+from trtforge.chart import Chart, Series, write_svg
 from trtforge.engine_options import EngineOptions
 from trtforge.errors import TrtforgeError
 from trtforge.manifest import Limits, Manifest

@@ -7,7 +7,7 @@ import json
 import math
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from trtforge.manifest import DType
 # Files of a hub repository that a build reads.
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+_MODELOPT_FILE = "hf_quant_config.json"  # of NVIDIA ModelOpt
 _CONFIG_FILES = ("config.json", "generation_config.json", "*.jinja")
 _READ_BYTES = 1 << 24
 
@@ -75,9 +76,24 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def _download(model: str) -> Path:
+def open_config(model: str) -> tuple[Any, DType | None]:
+    """The configuration of a local folder or a hub id, and the dtype of the weights if any are there.
+
+    Nothing but the configuration is downloaded. Raises as `Checkpoint.open` does.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = _download(model, ("config.json", _MODELOPT_FILE))
+    config = _read_config(folder)
+    tensors: dict[str, TensorEntry] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors.update(_read_header(file.resolve()))
+    return config, _common_dtype(folder, tensors) if tensors else None
+
+
+def _download(model: str, patterns: Sequence[str] = _HUB_FILES) -> Path:
     try:
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=list(_HUB_FILES)))
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=list(patterns)))
     except HFValidationError:
         raise ConfigError(f"{model} is neither a folder nor a model id of the Hugging Face hub") from None
     except LocalEntryNotFoundError:
@@ -123,7 +139,7 @@ def _refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
     found = [scope.get("quantization_config") for scope in (config, config.get("text_config") or {})]
     found.append(config.get("compression_config"))
     method = next((str(entry.get("quant_method", "unknown method")) for entry in found if entry), None)
-    side_file = folder / "hf_quant_config.json"  # of NVIDIA ModelOpt
+    side_file = folder / _MODELOPT_FILE
     if method is None and side_file.is_file():
         method = str(read_json(side_file).get("quantization", {}).get("quant_algo", side_file.name))
     if method is not None:

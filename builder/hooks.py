@@ -63,6 +63,8 @@ class Step:
     kv_caches: list[torch.Tensor] | None  # a layer: [num_blocks, 2, block_size, Hkv, D]
     kv_caches_out: list[torch.Tensor] = field(default_factory=list)
     layers: list[LayerCache] = field(default_factory=list)
+    # Of each layer, the module that called attention and its number of query heads.
+    callers: list[tuple[torch.nn.Module, int]] = field(default_factory=list)
 
 
 class Hooks:
@@ -171,6 +173,7 @@ class Hooks:
         q, k, v = query.squeeze(2), key.squeeze(2), value.squeeze(2)
         layer = len(step.layers)
         step.layers.append(LayerCache(num_kv_heads=k.shape[1], head_dim=head_dim, window=int(window or 0)))
+        step.callers.append((module, q.shape[1]))
         if step.kv_caches is None:
             out = torch.empty_like(q)
         else:

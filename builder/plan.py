@@ -32,20 +32,6 @@ def make_plan(options: BuildOptions, config: Any, checkpoint_dtype: DType) -> Bu
     Raises ConfigError if the model cannot have sequences of --max-model-len tokens, and for a dtype that
     the runtime cannot compute in.
     """
-    longest: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    max_model_len = options.max_model_len
-    if max_model_len is None:
-        if longest is None:
-            raise ConfigError(
-                f"the config of {options.model} has no max_position_embeddings: say the longest sequence "
-                "with --max-model-len"
-            )
-        max_model_len = min(longest, DEFAULT_MAX_MODEL_LEN)
-    elif longest is not None and max_model_len > longest:
-        raise ConfigError(
-            f"--max-model-len {max_model_len} is more than {options.model} was made for: its config's "
-            f"max_position_embeddings is {longest}"
-        )
     return BuildPlan(
         name=options.name,
         runtime="openvino",
@@ -53,11 +39,32 @@ def make_plan(options: BuildOptions, config: Any, checkpoint_dtype: DType) -> Bu
         block_size=options.block_size or OPENVINO_BLOCK_SIZE,
         kv_cache_bytes=options.kv_cache_bytes,
         limits=Limits(
-            max_model_len=max_model_len,
+            max_model_len=choose_max_model_len(options.max_model_len, config, options.model),
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
         ),
     )
+
+
+def choose_max_model_len(wanted: int | None, config: Any, model: str) -> int:
+    """Tokens of the longest sequence: `wanted`, or what the config of `model` allows, up to a default.
+
+    Raises ConfigError if the model cannot have such sequences.
+    """
+    longest: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if wanted is None:
+        if longest is None:
+            raise ConfigError(
+                f"the config of {model} has no max_position_embeddings: say the longest sequence "
+                "with --max-model-len"
+            )
+        return min(longest, DEFAULT_MAX_MODEL_LEN)
+    if longest is not None and wanted > longest:
+        raise ConfigError(
+            f"--max-model-len {wanted} is more than {model} was made for: its config's "
+            f"max_position_embeddings is {longest}"
+        )
+    return wanted
 
 
 def _choose_dtype(options: BuildOptions, checkpoint_dtype: DType) -> DType:

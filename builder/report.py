@@ -87,9 +87,9 @@ class BuildReport(BaseModel):
         table.add_column("value", justify="right")
         table.add_row("parameters", f"{self.num_parameters:,}")
         table.add_row("graph nodes", f"{self.num_nodes:,}")
-        table.add_row("weights", _bytes(self.weight_bytes))
-        table.add_row("KV cache per token", _bytes(self.kv_bytes_per_token))
-        table.add_row("KV cache", _bytes(self.kv_cache_bytes))
+        table.add_row("weights", format_bytes(self.weight_bytes))
+        table.add_row("KV cache per token", format_bytes(self.kv_bytes_per_token))
+        table.add_row("KV cache", format_bytes(self.kv_cache_bytes))
         table.add_row(f"KV blocks of {self.block_size} tokens", f"{self.num_blocks:,}")
         table.add_row(f"sequences of {self.max_model_len:,} tokens that fit", f"{self.num_full_sequences:,}")
         return table
@@ -101,13 +101,14 @@ class BuildReport(BaseModel):
         cumulative = any(record.peak_is_cumulative for record in self.stages)
         table.add_column("peak memory so far" if cumulative else "peak memory", justify="right")
         for record in self.stages:
-            table.add_row(record.name, f"{record.seconds:.1f}", _bytes(record.peak_memory_bytes))
+            table.add_row(record.name, f"{record.seconds:.1f}", format_bytes(record.peak_memory_bytes))
         table.add_row("all", f"{sum(record.seconds for record in self.stages):.1f}", "")
         return table
 
 
-def _bytes(count: int) -> str:
+def format_bytes(count: int) -> str:
+    """In the largest unit of which there is at least one."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
+        if abs(count) >= size:
             return f"{count / size:,.1f} {unit}"
     return f"{count} B"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -87,8 +88,27 @@ def trace(
     Initializers that are weights have no data yet, and their names begin with WEIGHT_PREFIX. Raises
     ExportError if the model cannot be traced or attends in ways that the attention operator does not know.
     """
-    try:
+    with _errors_named(hf):
         return _trace(hf, dtype, on_stage)
+
+
+def record_attention(hf: Any) -> Step:
+    """One pass of the meta model `hf` without a graph: its `layers` and `callers`.
+
+    Raises ExportError for a model that `trace` refuses before it makes a graph.
+    """
+    with _errors_named(hf):
+        _check_layer_types(hf)
+        hooks = Hooks(hf)
+        packed = PackedModel(hf, hooks).eval()
+        with hooks.installed(), torch.no_grad():
+            return _record(packed, _example_inputs())
+
+
+@contextlib.contextmanager
+def _errors_named(hf: Any) -> Iterator[None]:
+    try:
+        yield
     except ExportError:
         raise
     except Exception as error:  # modeling code, torch and its exporter raise nearly everything
@@ -104,10 +124,9 @@ def _trace(
     _check_layer_types(hf)
     hooks = Hooks(hf)
     packed = PackedModel(hf, hooks).eval()
-    inputs = {tensor.name: _example(tensor.dims, torch.int32) for tensor in wire.GRAPH_INPUTS}
+    inputs = _example_inputs()
     with hooks.installed(), torch.no_grad():
-        layers = tuple(packed.run(inputs, None)[1].layers)
-        _check_layers(hf, layers)
+        layers = tuple(_record(packed, inputs).layers)
         on_stage("trace")
         caches = [_example(_cache_dims(layer), dtype) for layer in layers]
         program = torch.export.export(
@@ -118,6 +137,16 @@ def _trace(
     _name_dims(model, layers)
     _check_inputs(hf, model)
     return model, layers
+
+
+def _record(packed: PackedModel, inputs: dict[str, torch.Tensor]) -> Step:
+    step = packed.run(inputs, None)[1]
+    _check_layers(packed.hf, step.layers)
+    return step
+
+
+def _example_inputs() -> dict[str, torch.Tensor]:
+    return {tensor.name: _example(tensor.dims, torch.int32) for tensor in wire.GRAPH_INPUTS}
 
 
 def _example(dims: tuple[str | int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -140,7 +169,7 @@ def _check_layer_types(hf: Any) -> None:
         )
 
 
-def _check_layers(hf: Any, layers: tuple[LayerCache, ...]) -> None:
+def _check_layers(hf: Any, layers: Sequence[LayerCache]) -> None:
     expected = hf.config.get_text_config(decoder=True).num_hidden_layers
     if len(layers) != expected:
         raise ExportError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -59,6 +60,16 @@ def build(context: typer.Context) -> None:
     _builder()(args=context.args, prog_name="trtforge build")
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def plan(context: typer.Context) -> None:
+    """Say what a model needs of which GPUs, and how fast it can be, before anything is built."""
+    from trtforge.builder.planning.command import plan as command
+
+    _alone(command)(args=context.args, prog_name="trtforge plan")
+
+
 app.command()(serve)
 app.command()(health)
 app.command()(ask)
@@ -69,9 +80,13 @@ def _builder() -> typer.Typer:
     # Its options are known to the builder alone, whose imports take longer than a help text may.
     from trtforge.builder.command import build as command
 
-    builder = typer.Typer(add_completion=False, **_SETTINGS)
-    builder.command()(command)
-    return builder
+    return _alone(command)
+
+
+def _alone(command: Callable[..., None]) -> typer.Typer:
+    typer_app = typer.Typer(add_completion=False, **_SETTINGS)
+    typer_app.command()(command)
+    return typer_app
 
 
 def main() -> NoReturn:

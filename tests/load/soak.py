@@ -29,12 +29,12 @@ from soak_watch import Processes, Trouble, Watch, gauges_when_idle
 from tokenizers import decoders, models, pre_tokenizers
 
 from trtforge.builder.repository import VERSION_FOLDER, install_triton_model
+from trtforge.chart import Chart, Series, write_svg
 from trtforge.client.triton_server import Ports, TritonServer
 from trtforge.manifest import KVCacheLayout, LayerCache, Limits, Manifest, ModelInfo
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from chart import Chart, Series, write_svg
 from common import Figure, describe_machine, finish
 
 VOCAB_SIZE = 256

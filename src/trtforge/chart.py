@@ -1,8 +1,9 @@
-"""Line charts as SVG, written by hand: a picture of a run that needs no plotting library."""
+"""Line charts as SVG, written by hand: a picture of figures that needs no plotting library."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -26,7 +27,10 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Lines over one pair of axes, both of which start at 0; `marks` are moments on the x axis."""
+    """Lines over one pair of axes, both of which start at 0; `marks` are moments on the x axis.
+
+    With `is_log_x` the x axis goes by powers of two instead, from the smallest x, which is above 0.
+    """
 
     title: str
     x_label: str
@@ -34,6 +38,7 @@ class Chart:
     series: Sequence[Series]
     marks: Sequence[float] = ()
     marks_name: str = ""
+    is_log_x: bool = False
 
 
 def write_svg(path: Path, charts: Sequence[Chart]) -> None:
@@ -51,12 +56,12 @@ def write_svg(path: Path, charts: Sequence[Chart]) -> None:
 
 
 def _draw(chart: Chart) -> list[str]:
-    x_step, x_max = _axis(max((max(s.x, default=0) for s in chart.series), default=0))
+    x_fraction, x_ticks = _log_axis(chart) if chart.is_log_x else _linear_axis(chart)
     y_step, y_max = _axis(max((max(s.y, default=0) for s in chart.series), default=0))
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 
     def x_of(value: float) -> float:
-        return LEFT + value / x_max * (right - LEFT)
+        return LEFT + x_fraction(value) * (right - LEFT)
 
     def y_of(value: float) -> float:
         return bottom - value / y_max * (bottom - TOP)
@@ -66,7 +71,7 @@ def _draw(chart: Chart) -> list[str]:
         y = y_of(value)
         parts.append(f'<path d="M{LEFT} {y:.1f}H{right}" stroke="#ddd"/>')
         parts.append(_text(LEFT - 6, y + 4, f"{value:g}", 'text-anchor="end"'))
-    for value in _ticks(x_step, x_max):
+    for value in x_ticks:
         parts.append(_text(x_of(value), bottom + 16, f"{value:g}", 'text-anchor="middle"'))
     parts.append(_text((LEFT + right) / 2, bottom + 35, chart.x_label, 'text-anchor="middle"'))
     middle = (TOP + bottom) / 2
@@ -91,6 +96,21 @@ def _legend(x: float, y: float, name: str, stroke: str) -> list[str]:
 
 def _text(x: float, y: float, text: str, attributes: str = "") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" {attributes}>{escape(text)}</text>'
+
+
+def _linear_axis(chart: Chart) -> tuple[Callable[[float], float], list[float]]:
+    """Where a value lies on the x axis, from 0 to 1, and the values that are named."""
+    step, end = _axis(max((max(s.x, default=0) for s in chart.series), default=0))
+    return lambda value: value / end, _ticks(step, end)
+
+
+def _log_axis(chart: Chart) -> tuple[Callable[[float], float], list[float]]:
+    """The same by powers of two."""
+    values = [value for series in chart.series for value in series.x]
+    low, high = min(values), max(values)
+    ticks = [low * 2.0**power for power in range(int(math.log2(high / low)) + 1)]
+    scale = math.log(high / low) or 1.0  # one value alone lies at the left end
+    return lambda value: math.log(value / low) / scale, ticks
 
 
 def _axis(highest: float) -> tuple[float, float]:

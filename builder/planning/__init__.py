@@ -1,0 +1,1 @@
+"""What a deployment will need and do, said before anything is built."""
