@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -51,12 +52,24 @@ def options(
     """Compile Hugging Face LLMs and serve them from a stock Triton Inference Server."""
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-)
+# Options that only the builder knows, whose imports take longer than a help text may.
+_DEFERRED: dict[str, Any] = {
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+}
+
+
+@app.command(**_DEFERRED)
 def build(context: typer.Context) -> None:
     """Build a Hugging Face model into a model repository; the same command as build-engine."""
     _builder()(args=context.args, prog_name="trtforge build")
+
+
+@app.command(**_DEFERRED)
+def compile_kernels(context: typer.Context) -> None:
+    """Compile the kernels that a built model's operators need on NVIDIA GPUs."""
+    from trtforge.builder.kernels_command import compile_kernels as command
+
+    _only(command)(args=context.args, prog_name="trtforge compile-kernels")
 
 
 app.command()(serve)
@@ -66,12 +79,16 @@ app.command()(bench)
 
 
 def _builder() -> typer.Typer:
-    # Its options are known to the builder alone, whose imports take longer than a help text may.
     from trtforge.builder.command import build as command
 
-    builder = typer.Typer(add_completion=False, **_SETTINGS)
-    builder.command()(command)
-    return builder
+    return _only(command)
+
+
+def _only(command: Callable[..., None]) -> typer.Typer:
+    """An application whose one command it is."""
+    application = typer.Typer(add_completion=False, **_SETTINGS)
+    application.command()(command)
+    return application
 
 
 def main() -> NoReturn:
