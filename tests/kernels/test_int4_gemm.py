@@ -1,0 +1,155 @@
+"""Int4Gemm's kernels, in the interpreter and as machine code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trtforge.errors import PluginError
+from trtforge.plugins.int4_gemm import launch
+from trtforge.plugins.int4_gemm.cases import CASES, Case, exact_inputs, random_inputs
+from trtforge.plugins.int4_gemm.launch import choices, plan
+from trtforge.plugins.int4_gemm.op import INT4_GEMM, packed_shape
+from trtforge.plugins.int4_gemm.packing import unpack
+from trtforge.plugins.launch import Call, Gpu
+from trtforge.plugins.operators import OPERATORS
+
+OPERATOR = OPERATORS["Int4Gemm"]
+DTYPES = [np.float16, ml_dtypes.bfloat16]
+H100 = Gpu(90, 132)
+ARCHS = [80, 89, 90, 100, 120]
+Interpret = Callable[..., tuple[np.ndarray, ...]]
+
+
+def reference(inputs: dict[str, np.ndarray]) -> np.ndarray:
+    return OPERATOR.reference(*(inputs.get(tensor.name) for tensor in INT4_GEMM.inputs))
+
+
+def call(
+    num_tokens: int,
+    out_features: int,
+    in_features: int,
+    num_groups: int,
+    *,
+    dtype: str = "bfloat16",
+    bias: bool = False,
+    perm: bool = False,
+) -> Call:
+    shapes: dict[str, tuple[int, ...]] = {
+        "x": (num_tokens, in_features),
+        "weight": packed_shape(out_features, in_features),
+        "scales": (num_groups, out_features, 2),
+    }
+    dtypes = {"x": dtype, "weight": "int32", "scales": dtype}
+    if bias:
+        shapes["bias"], dtypes["bias"] = (out_features,), dtype
+    if perm:
+        shapes["perm"], dtypes["perm"] = (in_features,), "int32"
+    return Call(shapes, dtypes, {})
+
+
+def call_of(case: Case, dtype: str = "bfloat16") -> Call:
+    sizes = (case.num_tokens, case.out_features, case.in_features, case.num_groups)
+    return call(*sizes, dtype=dtype, bias=case.bias, perm=case.act_order)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_compute_the_same_bits_as_the_reference_where_nothing_is_rounded(
+    interpret: Interpret, case: str, dtype: type
+) -> None:
+    inputs = exact_inputs(CASES[case], dtype)
+    (y,) = interpret(OPERATOR, inputs, {}, H100)
+    np.testing.assert_array_equal(y, reference(inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("case", ["group-32", "one-token-split", "one-group", "prefill"])
+def test_kernels_round_no_more_than_they_must(interpret: Interpret, case: str, dtype: type) -> None:
+    inputs = random_inputs(CASES[case], dtype)
+    (y,) = interpret(OPERATOR, inputs, {}, H100)
+    expected = reference(inputs).astype(np.float32)
+    # y is rounded to dtype in both, which may put them on neighbouring numbers: one spacing, 2 * unit.
+    # Sums in float32 err by far less than its 2^-24 times the number of terms. Only for many tokens are the
+    # dequantized weights rounded to dtype: each product may then err by one unit.
+    unit = float(ml_dtypes.finfo(dtype).eps) / 2
+    weight = unpack(inputs["weight"], inputs["scales"], inputs.get("perm"), inputs["x"].shape[1])
+    magnitude = np.abs(inputs["x"].astype(np.float32)) @ np.abs(weight.dequantize()).T
+    in_product = unit if len(y) > launch.LARGEST_FUSED else 2.0**-24 * inputs["x"].shape[1]
+    bound = 2 * unit * np.abs(expected) + in_product * magnitude
+    assert (np.abs(y.astype(np.float32) - expected) <= bound).all()
+
+
+@pytest.mark.parametrize("case", ["one-group-of-a-part-of-a-step", "group-64", "prefill"])
+def test_tokens_do_not_touch_each_other(interpret: Interpret, case: str) -> None:
+    inputs = exact_inputs(CASES[case], np.float16)
+    expected = reference(inputs)
+    inputs["x"][-1, ::3] = np.nan
+    (y,) = interpret(OPERATOR, inputs, {}, H100)
+    assert np.isnan(y[-1]).all()
+    np.testing.assert_array_equal(y[:-1], expected[:-1])
+
+
+def test_a_large_weight_is_dequantized_in_slices(
+    interpret: Interpret, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(257, 600, 96, 3, zeros=True, bias=True)
+    monkeypatch.setattr(launch, "SLICE_BYTES", 128 * 2 * 300)
+    planned = plan(call_of(case), H100)
+    assert len(planned.launches) == 6
+    assert planned.workspace == {"dequantized": 128 * 2 * 256}
+    inputs = exact_inputs(case, ml_dtypes.bfloat16)
+    (y,) = interpret(OPERATOR, inputs, {}, H100)
+    np.testing.assert_array_equal(y, reference(inputs))
+
+
+def test_cases_reach_every_function() -> None:
+    planned = {step.kernel.function for case in CASES.values() for step in plan(call_of(case), H100).launches}
+    assert planned == {kernel.function for kernel in choices(call_of(CASES["prefill"]), 90)} | {"add_splits"}
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 5000), st.integers(1, 200_000)),
+    groups=st.tuples(st.sampled_from([32, 64, 128]), st.integers(1, 200)),
+    options=st.fixed_dictionaries({"bias": st.booleans(), "perm": st.booleans()}),
+    gpu=st.builds(Gpu, st.sampled_from(ARCHS), st.integers(1, 200)),
+)
+def test_choices_hold_every_kernel_of_a_plan(
+    sizes: tuple[int, int], groups: tuple[int, int], options: dict[str, bool], gpu: Gpu
+) -> None:
+    num_tokens, out_features = sizes
+    size, num_groups = groups
+    known = plan(call(num_tokens, out_features, size * num_groups, num_groups, **options), gpu)
+    any_tokens = call(-1, out_features, size * num_groups, num_groups, **options)
+    assert {step.kernel for step in known.launches} <= set(choices(any_tokens, gpu.arch))
+    # What the driver takes; more rows of blocks would need another grid.
+    assert all(max(step.grid[1:]) <= 65535 for step in known.launches)
+    assert known.workspace.get("dequantized", 0) <= launch.SLICE_BYTES
+
+
+def test_no_tokens_need_no_launch() -> None:
+    assert plan(call(0, 64, 128, 1), H100).launches == ()
+
+
+def test_few_kernels_are_compiled_in_advance() -> None:
+    one = choices(call(-1, 4096, 4096, 32), 90)
+    assert len(one) == len(set(one)) == 10
+    # Layers that differ in their sizes alone share them.
+    assert set(one) == set(choices(call(-1, 14336, 4096, 32), 90))
+
+
+def test_what_the_kernels_do_not_take_is_refused() -> None:
+    with pytest.raises(PluginError, match=r"x is float32; its kernels take \('float16', 'bfloat16'\)"):
+        plan(call(1, 64, 128, 1, dtype="float32"), H100)
+    with pytest.raises(PluginError, match="in_features is 100, which is no multiple of 32"):
+        choices(call(-1, 64, 100, 1), 90)
+    good = call(1, 64, 128, 1)
+    with pytest.raises(PluginError, match=r"is stored as \(1, 1, 64, 16\), not \(64, 64\)"):
+        plan(Call(good.shapes | {"weight": (64, 64)}, good.dtypes, {}), H100)
+    with pytest.raises(PluginError, match="scales and bias must be bfloat16"):
+        plan(Call(good.shapes, good.dtypes | {"scales": "float16"}, {}), H100)
