@@ -31,6 +31,7 @@ CASES: Mapping[str, Case] = {
     "group-32": Case(33, 72, 256, 8, zeros=True, bias=True),
     "one-group": Case(5, 64, 256, 1, zeros=True, bias=True),
     "one-token-split": Case(1, 128, 1280, 10, zeros=True, bias=True),
+    "several-tokens-split": Case(33, 100, 1152, 18, zeros=True),
     "odd-outputs": Case(5, 97, 256, 2, bias=True),
     "half-a-step-of-inputs": Case(16, 64, 576, 9, zeros=True),
     "a-quarter-of-a-step-of-inputs": Case(1, 65, 160, 5, zeros=True),

@@ -20,9 +20,10 @@ CHUNK = tl.constexpr(op.CHUNK)
 
 # Sums of a value and (SHIFT - zero point) are never negative: zero points go up to 16.
 SHIFT = tl.constexpr(16)
-HALF_ONE = tl.constexpr(1024.0)  # 2^10, whose bits in float16 are
+# The power of two whose last mantissa bit is worth one, and its bits.
+HALF_ONE = tl.constexpr(1024.0)
 HALF_BITS = tl.constexpr(0x6400)
-BF16_ONE = tl.constexpr(128.0)  # 2^7, whose bits in bfloat16 are
+BF16_ONE = tl.constexpr(128.0)
 BF16_BITS = tl.constexpr(0x4300)
 
 
@@ -105,18 +106,15 @@ def multiply(
             if GROUP == STEP:  # no block has columns of padding
                 inputs = tl.load(x + first_column)
             else:
-                inputs = tl.load(
-                    x + first_column, mask=(first_column + column < in_features)[:, None], other=0.0
-                )
+                inside = first_column + column < in_features
+                inputs = tl.load(x + first_column, mask=inside[:, None], other=0.0)
             span_sum = tl.dot(values, inputs, span_sum)
             if (i + 1) * CHUNK % span == 0:
                 total += span_sum * scale[:, None]
     if SPLIT:
         width = tl.num_programs(1) * TILE
-        partial_sums += (tl.program_id(2) * num_tokens + token[None, :]).to(tl.int64) * width + output[
-            :, None
-        ]
-        tl.store(partial_sums, total, mask=(token < num_tokens)[None, :])
+        sum_row = (tl.program_id(2) * num_tokens + token).to(tl.int64) * width
+        tl.store(partial_sums + sum_row[None, :] + output[:, None], total, mask=(token < num_tokens)[None, :])
     else:
         if HAS_BIAS:
             total += tl.load(bias + output, mask=output < out_features, other=0.0).to(tl.float32)[:, None]

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Executor
 
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_harness.sass import Sass
 
 from trtforge.errors import PluginError
+from trtforge.plugins.aot import compile_kernel
 from trtforge.plugins.int4_gemm import launch
 from trtforge.plugins.int4_gemm.cases import CASES, Case, exact_inputs, random_inputs
 from trtforge.plugins.int4_gemm.launch import choices, plan
 from trtforge.plugins.int4_gemm.op import INT4_GEMM, packed_shape
 from trtforge.plugins.int4_gemm.packing import unpack
-from trtforge.plugins.launch import Call, Gpu
+from trtforge.plugins.launch import Call, Gpu, Kernel
 from trtforge.plugins.operators import OPERATORS
 
 OPERATOR = OPERATORS["Int4Gemm"]
@@ -24,6 +27,7 @@ DTYPES = [np.float16, ml_dtypes.bfloat16]
 H100 = Gpu(90, 132)
 ARCHS = [80, 89, 90, 100, 120]
 Interpret = Callable[..., tuple[np.ndarray, ...]]
+SassOf = Callable[[Kernel, int], Sass]
 
 
 def reference(inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -153,3 +157,83 @@ def test_what_the_kernels_do_not_take_is_refused() -> None:
         plan(Call(good.shapes | {"weight": (64, 64)}, good.dtypes, {}), H100)
     with pytest.raises(PluginError, match="scales and bias must be bfloat16"):
         plan(Call(good.shapes, good.dtypes | {"scales": "float16"}, {}), H100)
+
+
+def kernels(function: str, call: Call, arch: int = 90, **constants: int) -> list[Kernel]:
+    """The choices that are this function with these constants."""
+    return [
+        kernel
+        for kernel in choices(call, arch)
+        if kernel.function == function and constants.items() <= dict(kernel.constants).items()
+    ]
+
+
+# Projections of Llama 3 8B.
+@pytest.mark.parametrize(
+    ("dtype", "num_groups", "block_m"),
+    [
+        ("bfloat16", 32, 16),
+        ("bfloat16", 32, 32),
+        ("bfloat16", 32, 64),
+        ("float16", 32, 16),
+        ("bfloat16", 64, 64),
+        ("bfloat16", 128, 16),
+        ("bfloat16", 128, 64),
+        ("bfloat16", 1, 16),
+    ],
+)
+def test_machine_code_of_few_tokens(sass_of: SassOf, dtype: str, num_groups: int, block_m: int) -> None:
+    (kernel,) = kernels(
+        "multiply", call(-1, 4096, 4096, num_groups, dtype=dtype), BLOCK_M=block_m, SPLIT=True
+    )
+    sass = sass_of(kernel, 90)
+    assert sass.spills == sass.stack_bytes == 0
+    loop = sass.main_loop
+    assert loop.count("HGMMA") == loop.tensor_core_instructions == 8
+    # Each thread's share of a block is 64 values, or 32 pairs, and comes in two loads of 16 bytes. Whatever
+    # else is loaded is kept in flight like them: two stages, while a third is being used.
+    assert loop.wide_loads >= 2
+    assert loop.count("LDG") == 0
+    assert loop.groups_in_flight >= 2 * loop.committed_groups > 0
+    # One of each for a pair is what dequantization should need: no conversions, few permutations.
+    assert loop.count("I2F", "I2FP", "F2I", "I2I", "F2F") == 0
+    assert loop.count("PRMT") <= 16
+    assert loop.count("HADD2") <= 32 + 4
+    assert len(loop.instructions) <= {0: 300, 128: 320, 64: 400, 32: 560}[dict(kernel.constants)["GROUP"]]
+
+
+@pytest.mark.parametrize("block_n", [128, 256])
+def test_machine_code_of_many_tokens(sass_of: SassOf, block_n: int) -> None:
+    (kernel,) = kernels("matmul", call(-1, 14336, 4096, 32), BLOCK_N=block_n)
+    sass = sass_of(kernel, 90)
+    assert sass.spills == sass.stack_bytes == 0
+    loop = sass.main_loop
+    assert loop.count("HGMMA") == loop.tensor_core_instructions == 4
+    assert loop.narrow_loads == 0
+    assert loop.groups_in_flight >= 2 * loop.committed_groups > 0
+    assert sass.count("STG.128") > 0
+    assert sass.count("STG") == sass.count("STG.128")
+
+    (kernel,) = kernels("dequantize", call(-1, 14336, 4096, 32))
+    sass = sass_of(kernel, 90)
+    assert sass.count("LDG.128") == 2  # the block
+    assert sass.count("STG") == sass.count("STG.128") == 8
+    assert sass.spills == 0
+
+
+# Of the compute capabilities, in the programming guide: shared memory of a block.
+SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_compile_and_fit(kernel_compiler: Executor, arch: int) -> None:
+    shapes = call(-1, 4096, 4096, 128, bias=True, perm=True)
+    chosen = [
+        kernel
+        for kernel in choices(shapes, arch)
+        if kernel.function != "multiply" or dict(kernel.constants)["BLOCK_M"] == 64
+    ]
+    assert {kernel.function for kernel in chosen} == {kernel.function for kernel in choices(shapes, arch)}
+    for kernel in chosen:
+        compiled = kernel_compiler.submit(compile_kernel, kernel, arch).result()
+        assert compiled.entry.shared_bytes <= SHARED_KIB[arch] << 10
