@@ -25,7 +25,7 @@ SLICE_BYTES = 256 << 20  # of dequantized weight at a time
 ELEMENTS = 1024  # of a block of the kernels that only move or add
 BLOCK_M, BLOCK_K = 128, 64  # of the product with a dequantized weight
 WIDE, NARROW = 256, 128  # its BLOCK_N
-# Compute capabilities with at most 99 KiB of shared memory for a block.
+# Compute capabilities that have 99 KiB of shared memory for a block.
 LITTLE_SHARED_MEMORY = (86, 89, 120)
 
 

@@ -88,11 +88,12 @@ def pack_values(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
     padded = np.zeros((tiles * TILE, steps * STEP), np.uint8)
     padded[: values.shape[0], : values.shape[1]] = values
     # tile, row, step, shift, word, half
-    blocks = padded.reshape(tiles, TILE, steps, STEP // CHUNK, WORDS, 2).astype(np.uint32)
+    blocks = padded.reshape(tiles, TILE, steps, STEP // CHUNK, WORDS, 2)
     words = np.zeros((tiles, TILE, steps, WORDS), np.uint32)
     for shift in range(STEP // CHUNK):
         for half in range(2):
-            words |= blocks[:, :, :, shift, :, half] << np.uint32(4 * shift + 16 * half)
+            nibbles = blocks[:, :, :, shift, :, half].astype(np.uint32)
+            words |= nibbles << np.uint32(4 * shift + 16 * half)
     return np.ascontiguousarray(words.transpose(0, 2, 1, 3)).view(np.int32)
 
 

@@ -14,6 +14,7 @@ from kernel_harness.sass import Sass
 
 from trtforge.errors import PluginError
 from trtforge.plugins.aot import compile_kernel
+from trtforge.plugins.bundle import ARCHS, arch_for, max_shared_bytes
 from trtforge.plugins.int4_gemm import launch
 from trtforge.plugins.int4_gemm.cases import CASES, Case, exact_inputs, random_inputs
 from trtforge.plugins.int4_gemm.launch import choices, plan
@@ -25,7 +26,6 @@ from trtforge.plugins.operators import OPERATORS
 OPERATOR = OPERATORS["Int4Gemm"]
 DTYPES = [np.float16, ml_dtypes.bfloat16]
 H100 = Gpu(90, 132)
-ARCHS = [80, 89, 90, 100, 120]
 Interpret = Callable[..., tuple[np.ndarray, ...]]
 SassOf = Callable[[Kernel, int], Sass]
 
@@ -121,7 +121,7 @@ def test_cases_reach_every_function() -> None:
     sizes=st.tuples(st.integers(1, 5000), st.integers(1, 200_000)),
     groups=st.tuples(st.sampled_from([32, 64, 128]), st.integers(1, 200)),
     options=st.fixed_dictionaries({"bias": st.booleans(), "perm": st.booleans()}),
-    gpu=st.builds(Gpu, st.sampled_from(ARCHS), st.integers(1, 200)),
+    gpu=st.builds(Gpu, st.sampled_from([86, *ARCHS]), st.integers(1, 200)),
 )
 def test_choices_hold_every_kernel_of_a_plan(
     sizes: tuple[int, int], groups: tuple[int, int], options: dict[str, bool], gpu: Gpu
@@ -130,7 +130,7 @@ def test_choices_hold_every_kernel_of_a_plan(
     size, num_groups = groups
     known = plan(call(num_tokens, out_features, size * num_groups, num_groups, **options), gpu)
     any_tokens = call(-1, out_features, size * num_groups, num_groups, **options)
-    assert {step.kernel for step in known.launches} <= set(choices(any_tokens, gpu.arch))
+    assert {step.kernel for step in known.launches} <= set(choices(any_tokens, arch_for(gpu.arch)))
     # What the driver takes; more rows of blocks would need another grid.
     assert all(max(step.grid[1:]) <= 65535 for step in known.launches)
     assert known.workspace.get("dequantized", 0) <= launch.SLICE_BYTES
@@ -221,19 +221,12 @@ def test_machine_code_of_many_tokens(sass_of: SassOf, block_n: int) -> None:
     assert sass.spills == 0
 
 
-# Of the compute capabilities, in the programming guide: shared memory of a block.
-SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
-
-
 @pytest.mark.parametrize("arch", ARCHS)
-def test_kernels_compile_and_fit(kernel_compiler: Executor, arch: int) -> None:
+def test_kernels_compile(kernel_compiler: Executor, arch: int) -> None:
     shapes = call(-1, 4096, 4096, 128, bias=True, perm=True)
-    chosen = [
-        kernel
-        for kernel in choices(shapes, arch)
-        if kernel.function != "multiply" or dict(kernel.constants)["BLOCK_M"] == 64
-    ]
-    assert {kernel.function for kernel in chosen} == {kernel.function for kernel in choices(shapes, arch)}
-    for kernel in chosen:
+    # Of few tokens' kernels the one that takes most registers and shared memory.
+    chosen = {kernel for kernel in choices(shapes, arch) if kernel.function != "multiply"}
+    for kernel in chosen.union(kernels("multiply", shapes, arch, BLOCK_M=64, SPLIT=True)):
         compiled = kernel_compiler.submit(compile_kernel, kernel, arch).result()
-        assert compiled.entry.shared_bytes <= SHARED_KIB[arch] << 10
+        if arch == 80 and dict(kernel.constants).get("BLOCK_N") != launch.WIDE:
+            assert compiled.entry.shared_bytes <= max_shared_bytes(86)  # which runs the same machine code
