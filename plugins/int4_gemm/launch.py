@@ -113,7 +113,8 @@ def _plan_fused(problem: _Problem, gpu: Gpu, x: str) -> Plan:
     num_tokens = problem.num_tokens
     block_m = next((size for size in TOKEN_BLOCKS if num_tokens <= size), TOKEN_BLOCKS[-1])
     token_blocks = -(-num_tokens // block_m)
-    steps_per_split = _steps_per_split(problem, gpu, token_blocks)
+    num_splits, rows = _splits(problem, gpu, token_blocks)
+    steps_per_split = -(-problem.steps // num_splits)
     num_splits = -(-problem.steps // steps_per_split)
     split = num_splits > 1
     multiply = Launch(
@@ -132,8 +133,9 @@ def _plan_fused(problem: _Problem, gpu: Gpu, x: str) -> Plan:
             "steps_per_split": steps_per_split,
         },
     )
+    workspace = {"partial_sums": 4 * problem.tiles * TILE * rows} if rows else {}
     if not split:
-        return Plan((multiply,), {})
+        return Plan((multiply,), workspace)
     add = Launch(
         kernel=_add_splits_kernel(problem),
         grid=(num_tokens, -(-problem.out_features // ELEMENTS), 1),
@@ -146,15 +148,22 @@ def _plan_fused(problem: _Problem, gpu: Gpu, x: str) -> Plan:
             "num_splits": num_splits,
         },
     )
-    return Plan((multiply, add), {"partial_sums": 4 * num_splits * num_tokens * problem.tiles * TILE})
+    return Plan((multiply, add), workspace)
 
 
-def _steps_per_split(problem: _Problem, gpu: Gpu, token_blocks: int) -> int:
-    wanted = BLOCKS_PER_SM * gpu.num_sms // (problem.tiles * token_blocks)
+def _splits(problem: _Problem, gpu: Gpu, token_blocks: int) -> tuple[int, int]:
+    """Splits that are worth it, at least 1, and the most rows of partial sums for so many tokens or fewer.
+
+    The workspace is as large as that: a larger call, though it be split less, has to need no less of it.
+    """
+    wanted = BLOCKS_PER_SM * gpu.num_sms // problem.tiles
     # Partial sums, 4 bytes written and read, should not move more than the weight, half a byte a value.
-    worthwhile = problem.in_features // (16 * problem.num_tokens)
-    num_splits = max(1, min(wanted, worthwhile, problem.steps // SMALLEST_SPLIT))
-    return -(-problem.steps // num_splits)
+    largest_rows = problem.in_features // 16
+    most = problem.steps // SMALLEST_SPLIT
+    if min(wanted, most) < 2:
+        return 1, 0
+    num_splits = max(1, min(wanted // token_blocks, largest_rows // problem.num_tokens, most))
+    return num_splits, min(wanted * TOKEN_BLOCKS[-1], largest_rows, most * problem.num_tokens)
 
 
 def _plan_dequantized(problem: _Problem, gpu: Gpu, x: str) -> Plan:

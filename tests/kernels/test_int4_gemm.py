@@ -136,6 +136,21 @@ def test_choices_hold_every_kernel_of_a_plan(
     assert known.workspace.get("dequantized", 0) <= launch.SLICE_BYTES
 
 
+@given(
+    tokens=st.lists(st.integers(1, 600), min_size=2, max_size=2),
+    out_features=st.integers(1, 100_000),
+    groups=st.tuples(st.sampled_from([32, 64, 128]), st.integers(1, 200)),
+    num_sms=st.integers(1, 200),
+)
+def test_more_tokens_need_no_less_workspace(
+    tokens: list[int], out_features: int, groups: tuple[int, int], num_sms: int
+) -> None:
+    size, num_groups = groups
+    calls = [call(num, out_features, size * num_groups, num_groups, perm=True) for num in sorted(tokens)]
+    fewer, more = (sum(plan(c, Gpu(90, num_sms)).workspace.values()) for c in calls)
+    assert fewer <= more
+
+
 def test_no_tokens_need_no_launch() -> None:
     assert plan(call(0, 64, 128, 1), H100).launches == ()
 
