@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_harness.sass import Sass
 
@@ -117,6 +117,7 @@ def test_cases_reach_every_function() -> None:
     assert planned == {kernel.function for kernel in choices(call_of(CASES["prefill"]), 90)} | {"add_splits"}
 
 
+@settings(deadline=None)
 @given(
     sizes=st.tuples(st.integers(1, 5000), st.integers(1, 200_000)),
     groups=st.tuples(st.sampled_from([32, 64, 128]), st.integers(1, 200)),
@@ -136,6 +137,7 @@ def test_choices_hold_every_kernel_of_a_plan(
     assert known.workspace.get("dequantized", 0) <= launch.SLICE_BYTES
 
 
+@settings(deadline=None)
 @given(
     tokens=st.lists(st.integers(1, 600), min_size=2, max_size=2),
     out_features=st.integers(1, 100_000),

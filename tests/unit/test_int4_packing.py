@@ -6,7 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trtforge.errors import PluginError
@@ -38,6 +38,7 @@ def assert_equal(got: Int4Weight, expected: Int4Weight) -> None:
     np.testing.assert_array_equal(got.perm, expected.perm)
 
 
+@settings(deadline=None)
 @given(
     out_features=st.integers(1, 200),
     groups=st.tuples(st.sampled_from([32, 64, 128]), st.integers(1, 9)),
