@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from trtforge.plugins.int4_gemm import function as int4_gemm
+from trtforge.plugins.int4_gemm import launch as int4_gemm_launch
+from trtforge.plugins.int4_gemm.op import INT4_GEMM
+from trtforge.plugins.int4_gemm.reference import int4_gemm as int4_gemm_reference
 from trtforge.plugins.linear import function as linear
 from trtforge.plugins.linear.op import LINEAR
 from trtforge.plugins.linear.reference import linear as linear_reference
 from trtforge.plugins.moe_experts import function as moe_experts
 from trtforge.plugins.moe_experts.op import MOE_EXPERTS
 from trtforge.plugins.moe_experts.reference import moe_experts as moe_experts_reference
-from trtforge.plugins.operator import Operator
+from trtforge.plugins.operator import Kernels, Operator
 from trtforge.plugins.paged_attention import function as paged_attention
 from trtforge.plugins.paged_attention.op import PAGED_ATTENTION
 from trtforge.plugins.paged_attention.reference import paged_attention as paged_attention_reference
@@ -18,6 +22,12 @@ from trtforge.plugins.paged_attention.reference import paged_attention as paged_
 OPERATORS: Mapping[str, Operator] = {
     operator.spec.name: operator
     for operator in (
+        Operator(
+            INT4_GEMM,
+            int4_gemm_reference,
+            int4_gemm.write_body,
+            Kernels(int4_gemm_launch.plan, int4_gemm_launch.choices),
+        ),
         Operator(LINEAR, linear_reference, linear.write_body),
         Operator(MOE_EXPERTS, moe_experts_reference, moe_experts.write_body),
         Operator(PAGED_ATTENTION, paged_attention_reference, paged_attention.write_body),

@@ -11,6 +11,10 @@ from onnx import TensorProto, helper
 from trtforge.errors import PluginError
 from trtforge.plugins.body import STANDARD_OPSET
 from trtforge.plugins.function_bodies import add_function_bodies
+from trtforge.plugins.int4_gemm.cases import CASES as INT4_CASES
+from trtforge.plugins.int4_gemm.cases import exact_inputs as exact_int4_inputs
+from trtforge.plugins.int4_gemm.op import INT4_GEMM
+from trtforge.plugins.int4_gemm.reference import int4_gemm
 from trtforge.plugins.linear.op import LINEAR
 from trtforge.plugins.linear.reference import linear
 from trtforge.plugins.moe_experts.op import MOE_EXPERTS
@@ -37,8 +41,9 @@ def model_of(spec: OpSpec, calls: list[tuple[Arrays, dict]]) -> onnx.ModelProto:
         for name, array in arrays.items():
             kind = helper.np_dtype_to_tensor_dtype(array.dtype)
             inputs.append(helper.make_tensor_value_info(f"{name}.{index}", kind, array.shape))
+        dtype = helper.np_dtype_to_tensor_dtype(arrays[spec.inputs[0].name].dtype)
         outputs += [
-            helper.make_tensor_value_info(r, TensorProto.FLOAT, t.dims)
+            helper.make_tensor_value_info(r, dtype, t.dims)
             for r, t in zip(results, spec.outputs, strict=True)
         ]
     opsets = [helper.make_opsetid("", STANDARD_OPSET), helper.make_opsetid(DOMAIN, OPSET_VERSION)]
@@ -173,6 +178,17 @@ def test_linear_body_equals_reference(shape: tuple[int, ...], bias: bool) -> Non
     inputs = {name: array.astype(np.float32) for name, array in inputs.items()}
     (y,) = run(LINEAR, (inputs, {}))
     np.testing.assert_allclose(y, linear(*inputs.values()), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("case", INT4_CASES)
+def test_int4_gemm_body_equals_reference(case: str, dtype: type) -> None:
+    inputs = exact_int4_inputs(INT4_CASES[case], dtype)
+    (y,) = run(INT4_GEMM, (inputs, {}))
+    expected = int4_gemm(*(inputs.get(tensor.name) for tensor in INT4_GEMM.inputs))
+    # The body rounds its product and, again, the sum with the bias; in float32 these inputs need none.
+    rounding = 0 if dtype == np.float32 else 2.0**-10 * np.abs(expected).max()
+    np.testing.assert_allclose(y, expected, rtol=0, atol=rounding)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swiglu_oai"])

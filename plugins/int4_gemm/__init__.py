@@ -1,0 +1,1 @@
+"""A projection whose weight is stored in four bits."""
