@@ -52,12 +52,18 @@ class Call:
 class Kernel:
     """A function of an operator's `kernel.py`, specialized: what one cubin holds."""
 
-    operator: str  # the folder
+    operator: str  # the folder; with a dot in it, a package that is not one of trtforge's own
     function: str
     parameters: tuple[tuple[str, str], ...]  # name and type, in order: "*bf16" is a pointer; "i32", "fp32"
     constants: tuple[tuple[str, Constant], ...]
     num_warps: int
     num_stages: int
+
+    @property
+    def module(self) -> str:
+        """Where the function is defined."""
+        package = self.operator if "." in self.operator else f"trtforge.plugins.{self.operator}"
+        return f"{package}.kernel"
 
     @property
     def name(self) -> str:

@@ -1,0 +1,28 @@
+"""ScaledAdd: add a scaled tensor to another, in place."""
+
+from __future__ import annotations
+
+from kernel_harness.scaled_add.launch import choices, plan
+from trtforge.plugins.op import FLOATS, Array, Attribute, OpSpec, Tensor
+from trtforge.plugins.operator import Kernels, Operator
+
+SCALED_ADD = OpSpec(
+    name="ScaledAdd",
+    doc="total_out = total + scale * x, in float32, rounded once.",
+    inputs=(Tensor("total", "T", ("num_rows", "width")), Tensor("x", "T", ("num_rows", "width"))),
+    outputs=(Tensor("total_out", "T", ("num_rows", "width")),),
+    dtypes={"T": FLOATS},
+    attributes=(Attribute("scale", "float", 1.0),),
+    aliases={"total_out": "total"},
+)
+
+
+def scaled_add(total: Array, x: Array, *, scale: float) -> Array:
+    return (total.astype("float32") + scale * x.astype("float32")).astype(total.dtype)
+
+
+def _write_body(*_: object) -> None:
+    raise NotImplementedError("no runtime of the tests needs it")
+
+
+OPERATOR = Operator(SCALED_ADD, scaled_add, _write_body, Kernels(plan, choices))
