@@ -1,9 +1,12 @@
-"""What tests of kernels share: the interpreter, mended."""
+"""What tests of kernels share: the interpreter, mended, and the compiler."""
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,10 @@ sys.path.append(str(Path(__file__).parent))
 
 from kernel_harness import float_types, memory
 from kernel_harness.interpret import interpret as interpret_operator
+from kernel_harness.sass import Sass, disassemble
 
+from trtforge.plugins.aot import compile_kernel, compiler
+from trtforge.plugins.launch import Kernel
 from trtforge.plugins.op import Array
 
 float_types.install()
@@ -24,3 +30,22 @@ memory.install()
 def interpret() -> Callable[..., tuple[Array, ...]]:
     """`interpret(operator, inputs, attributes, gpu=Gpu(90, 132))`; see kernel_harness.interpret."""
     return interpret_operator
+
+
+@pytest.fixture(scope="session")
+def kernel_compiler() -> Iterator[Executor]:
+    """One process for `compile_kernel`, with a cache that is kept in the checkout between runs."""
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[2] / ".cache" / "triton"))
+    with compiler(num_processes=1) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def sass_of(kernel_compiler: Executor) -> Callable[[Kernel, int], Sass]:
+    """`sass_of(kernel, arch)`: its machine code; each is compiled once."""
+
+    @functools.cache
+    def sass(kernel: Kernel, arch: int) -> Sass:
+        return disassemble(kernel_compiler.submit(compile_kernel, kernel, arch).result().cubin)
+
+    return sass

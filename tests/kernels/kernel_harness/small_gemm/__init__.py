@@ -1,0 +1,1 @@
+"""A matrix product for the tests of what reads machine code."""
