@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
 import multiprocessing
 import os
 import re
@@ -20,6 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +47,20 @@ class Compiled:
 
 
 @contextmanager
-def compiler(num_processes: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that can run `compile_kernel`.
+def compiler(num_processes: int, cache: Path | None = None) -> Iterator[ProcessPoolExecutor]:
+    """Processes that can run `compile_kernel`, with Triton's cache in `cache` if it is to be kept.
 
-    Triton's cache is where TRITON_CACHE_DIR says, or else in a folder that is removed at the end.
     Raises ConfigError if Triton is not installed.
     """
-    if importlib.util.find_spec("triton") is None:
+    if find_spec("triton") is None:
         raise ConfigError("compiling kernels needs Triton: install it with pip install 'trtforge[kernels]'")
     with tempfile.TemporaryDirectory(prefix="trtforge-triton-") as folder:
-        cache = os.environ.get("TRITON_CACHE_DIR", folder)
         # Spawned: a fork may have Triton imported already, and it reads its settings only then.
         pool = ProcessPoolExecutor(
             num_processes,
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_prepare,
-            initargs=(cache,),
+            initargs=(str(cache or folder),),
         )
         try:
             yield pool

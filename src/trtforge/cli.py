@@ -52,22 +52,32 @@ def options(
     """Compile Hugging Face LLMs and serve them from a stock Triton Inference Server."""
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-)
+# Options that only the builder knows, whose imports take longer than a help text may.
+_DEFERRED: dict[str, Any] = {
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+}
+
+
+@app.command(**_DEFERRED)
 def build(context: typer.Context) -> None:
     """Build a Hugging Face model into a model repository; the same command as build-engine."""
     _builder()(args=context.args, prog_name="trtforge build")
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-)
+@app.command(**_DEFERRED)
 def plan(context: typer.Context) -> None:
     """Say what a model needs of which GPUs, and how fast it can be, before anything is built."""
     from trtforge.builder.planning.command import plan as command
 
     _alone(command)(args=context.args, prog_name="trtforge plan")
+
+
+@app.command(**_DEFERRED)
+def compile_kernels(context: typer.Context) -> None:
+    """Compile the kernels that a built model's operators need on NVIDIA GPUs."""
+    from trtforge.builder.kernels_command import compile_kernels as command
+
+    _alone(command)(args=context.args, prog_name="trtforge compile-kernels")
 
 
 app.command()(serve)
@@ -77,7 +87,6 @@ app.command()(bench)
 
 
 def _builder() -> typer.Typer:
-    # Its options are known to the builder alone, whose imports take longer than a help text may.
     from trtforge.builder.command import build as command
 
     return _alone(command)

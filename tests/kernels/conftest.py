@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
@@ -35,8 +34,7 @@ def interpret() -> Callable[..., tuple[Array, ...]]:
 @pytest.fixture(scope="session")
 def kernel_compiler() -> Iterator[Executor]:
     """One process for `compile_kernel`, with a cache that is kept in the checkout between runs."""
-    os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[2] / ".cache" / "triton"))
-    with compiler(num_processes=1) as pool:
+    with compiler(num_processes=1, cache=Path(__file__).parents[2] / ".cache" / "triton") as pool:
         yield pool
 
 
