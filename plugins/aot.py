@@ -30,6 +30,7 @@ from trtforge.plugins.bundle import (
     Bundle,
     BundleManifest,
     CubinEntry,
+    max_shared_bytes,
     source_sha256,
 )
 from trtforge.plugins.launch import Kernel
@@ -174,6 +175,11 @@ def compile_kernel(kernel: Kernel, arch: int) -> Compiled:
         raise PluginError(
             f"{_what(kernel, arch)} wants {scratch_bytes} bytes of scratch memory from its launcher, "
             "which gives none: use a workspace of the plan, and no tensor descriptors made on the device"
+        )
+    if metadata.shared > max_shared_bytes(arch):
+        raise PluginError(
+            f"{_what(kernel, arch)} needs {metadata.shared} bytes of shared memory, and a block has at most "
+            f"{max_shared_bytes(arch)}: plan smaller tiles or fewer stages"
         )
     check_ptx_parameters(kernel, arch, result.asm["ptx"])
     cubin = result.asm["cubin"]

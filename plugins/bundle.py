@@ -24,26 +24,39 @@ from trtforge.plugins.launch import Constant, Kernel
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION: Literal[1] = 1
 ARCHS = (80, 89, 90, 100, 120)
+# Compute capability -> which of ARCHS it runs, and the most shared memory of a block. Machine code runs on
+# GPUs of the same major and the same or a higher minor capability; but from 9.0 on Triton compiles for the
+# architecture-specific targets (sm_90a), whose code runs on exactly one.
+_GPUS: Mapping[int, tuple[int, int]] = {
+    80: (80, 163 * 1024),
+    86: (80, 99 * 1024),
+    87: (80, 163 * 1024),
+    89: (89, 99 * 1024),
+    90: (90, 227 * 1024),
+    100: (100, 227 * 1024),
+    120: (120, 99 * 1024),
+}
 # Null pointers that follow the declared parameters of every cubin.
 HIDDEN_PARAMETERS = ("global_scratch", "profile_scratch")
 
 
 def arch_for(compute_capability: int) -> int:
-    """Which of ARCHS a GPU of this compute capability (86 is 8.6) runs.
+    """Which of ARCHS a GPU of this compute capability (86 is 8.6) runs; raises PluginError if none."""
+    return _gpu(compute_capability)[0]
 
-    Machine code runs on GPUs of the same major and the same or a higher minor capability. From 9.0 on
-    Triton compiles for the architecture-specific targets (sm_90a), whose code runs on exactly one.
 
-    Raises PluginError if no cubin of ARCHS runs there.
-    """
-    if compute_capability in ARCHS:
-        return compute_capability
-    if 80 < compute_capability < 89:
-        return 80
-    raise PluginError(
-        f"no kernels are compiled for compute capability {compute_capability / 10}: they run on 8.0 to 8.9 "
-        "and on exactly 9.0, 10.0 and 12.0"
-    )
+def max_shared_bytes(compute_capability: int) -> int:
+    """The most dynamic shared memory that a block may ask for; raises PluginError as `arch_for`."""
+    return _gpu(compute_capability)[1]
+
+
+def _gpu(compute_capability: int) -> tuple[int, int]:
+    if compute_capability not in _GPUS:
+        raise PluginError(
+            f"no kernels are compiled for compute capability {compute_capability / 10}; there are some for "
+            f"{', '.join(str(capability / 10) for capability in _GPUS)}"
+        )
+    return _GPUS[compute_capability]
 
 
 class _Frozen(BaseModel):
@@ -115,8 +128,8 @@ class Bundle:
     def cubin(self, kernel: Kernel, compute_capability: int) -> tuple[CubinEntry, bytes]:
         """The cubin of `kernel` that a GPU of this compute capability runs.
 
-        Raises PluginError if the bundle has none, or one that was compiled from another version of the
-        kernel's source.
+        Raises PluginError if the bundle has none, if it was compiled from another version of the kernel's
+        source, or if it needs more shared memory than this GPU has.
         """
         arch = arch_for(compute_capability)
         archs = {entry.arch: entry for entry in self.manifest.cubins if entry.name == kernel.name}
@@ -132,6 +145,12 @@ class Bundle:
             raise PluginError(
                 f"{self.folder / entry.file} was compiled from another version of {kernel.module}: "
                 f"{_remedy(self.folder)}"
+            )
+        if entry.shared_bytes > max_shared_bytes(compute_capability):
+            raise PluginError(
+                f"{kernel.name} needs {entry.shared_bytes} bytes of shared memory, as the GPUs that it was "
+                f"planned for have; compute capability {compute_capability / 10} has "
+                f"{max_shared_bytes(compute_capability)}"
             )
         return entry, self._read(entry)
 

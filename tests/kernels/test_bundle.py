@@ -138,10 +138,18 @@ def test_a_cubin_of_other_source_is_refused(folder: Path) -> None:
         Bundle.load(folder).cubin(SMALL_KERNEL, 80)
 
 
+def test_a_gpu_with_less_shared_memory(folder: Path) -> None:
+    edit_manifest(folder, shared_bytes=120_000)
+    bundle = Bundle.load(folder)
+    bundle.cubin(SMALL_KERNEL, 80)
+    with pytest.raises(PluginError, match=r"120000 bytes of shared memory.* 8\.6 has 101376"):
+        bundle.cubin(SMALL_KERNEL, 86)
+
+
 def test_which_machine_code_a_gpu_runs() -> None:
     assert [arch_for(arch) for arch in ARCHS] == list(ARCHS)
     assert [arch_for(capability) for capability in (86, 87)] == [80, 80]
-    for capability in (75, 103, 110, 121):  # sm_100a and sm_120a have no forward compatibility
+    for capability in (75, 103, 121):  # sm_100a and sm_120a have no forward compatibility
         with pytest.raises(PluginError, match=f"compute capability {capability / 10}"):
             arch_for(capability)
 
@@ -170,6 +178,21 @@ def test_which_machine_code_a_gpu_runs() -> None:
                 num_stages=1,
             ),
             "bytes of scratch memory",
+        ),
+        (
+            Kernel(
+                operator="kernel_harness.small_gemm",
+                function="small_gemm",
+                parameters=(
+                    *((name, "*fp32") for name in ("out", "a", "b")),
+                    ("num_columns", "i32"),
+                    ("num_steps", "i32"),
+                ),
+                constants=(("BLOCK_M", 128), ("BLOCK_N", 128), ("BLOCK_K", 64)),
+                num_warps=8,
+                num_stages=5,
+            ),
+            "bytes of shared memory, and a block has at most 232448",
         ),
     ],
 )
