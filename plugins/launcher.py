@@ -7,16 +7,16 @@ import struct
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from cuda.bindings import driver
 from cuda.pathfinder import DynamicLibNotFoundError
 
 from trtforge.errors import PluginError
+from trtforge.plugins.bundle import Bundle, CubinEntry, arch_for
 from trtforge.plugins.launch import Gpu, Kernel, Launch, Plan, workspace_layout
 
 POINTER_ALIGNMENT = 16  # bytes; kernels are compiled for pointers that are multiples of it
-HIDDEN_PARAMETERS = 2  # pointers to scratch memory behind a kernel's own parameters; none needs any
 DEFAULT_SHARED_BYTES = 48 * 1024  # a block gets more only if its kernel was allowed to ask for more
 
 # A parameter fills 8 bytes of the argument memory. Ints and floats are checked for their range by `struct`.
@@ -25,33 +25,16 @@ _POINTER_FORMAT = "Q"
 _FORMATS = {"i32": "i4x", "u32": "I4x", "i64": "q", "u64": "Q", "fp32": "f4x"}
 
 
-class Cubin(Protocol):
-    """How a compiled kernel wants to be launched."""
-
-    @property
-    def threads(self) -> int: ...
-    @property
-    def shared(self) -> int: ...  # bytes
-    @property
-    def num_ctas(self) -> int: ...  # blocks of a cluster
-
-
-class Cubins(Protocol):
-    """Compiled kernels."""
-
-    def cubin(self, kernel: Kernel, arch: int) -> tuple[Cubin, bytes]:
-        """Raises PluginError if the kernel is not compiled for the compute capability `arch`."""
-
-
 class Launcher:
     """Launches kernels on one device, in its primary context, which CUDA's runtime and TensorRT use as well.
 
     A kernel is loaded once and stays loaded until the process ends. Methods may be called from any thread.
     """
 
-    def __init__(self, cubins: Cubins, device: int = 0) -> None:
-        """`device` is the ordinal. Raises PluginError if there is no driver or no such device."""
-        self._cubins = cubins
+    def __init__(self, bundle: Bundle, device: int = 0) -> None:
+        """`device` is the ordinal. Raises PluginError if there is no driver, no such device, or none that
+        kernels are compiled for."""
+        self._bundle = bundle
         self._lock = threading.Lock()  # of _kernels, and of the argument memory of every kernel in it
         self._kernels: dict[Kernel, _LoadedKernel] = {}
         try:
@@ -66,10 +49,9 @@ class Launcher:
             value: int = _check(driver.cuDeviceGetAttribute(number, handle), f"asking for {name}")
             return value
 
-        self.gpu = Gpu(
-            arch=10 * attribute("COMPUTE_CAPABILITY_MAJOR") + attribute("COMPUTE_CAPABILITY_MINOR"),
-            num_sms=attribute("MULTIPROCESSOR_COUNT"),
-        )
+        capability = 10 * attribute("COMPUTE_CAPABILITY_MAJOR") + attribute("COMPUTE_CAPABILITY_MINOR")
+        # What plans are to be made for: the kernels that run on the device, not the device itself.
+        self.gpu = Gpu(arch=arch_for(capability), num_sms=attribute("MULTIPROCESSOR_COUNT"))
 
     def load(self, plan: Plan) -> None:
         """Load the kernels of `plan` that are not loaded yet.
@@ -99,9 +81,9 @@ class Launcher:
     def _load(self, kernel: Kernel) -> _LoadedKernel:
         loaded = self._kernels.get(kernel)
         if loaded is None:
-            cubin, image = self._cubins.cubin(kernel, self.gpu.arch)
+            entry, cubin = self._bundle.cubin(kernel, self.gpu.arch)
             with self._current_context():
-                loaded = self._kernels[kernel] = _LoadedKernel(kernel, cubin, image)
+                loaded = self._kernels[kernel] = _LoadedKernel(kernel, entry, cubin)
         return loaded
 
     @contextmanager
@@ -119,28 +101,28 @@ class _LoadedKernel:
     The driver copies arguments while it is called, so that the memory serves every launch.
     """
 
-    def __init__(self, kernel: Kernel, cubin: Cubin, image: bytes) -> None:
+    def __init__(self, kernel: Kernel, entry: CubinEntry, cubin: bytes) -> None:
         self._name = kernel.name
         self._parameters = kernel.parameters
         self._packing = struct.Struct("=" + "".join(_format(kernel, type_) for _, type_ in kernel.parameters))
-        num_slots = len(kernel.parameters) + HIDDEN_PARAMETERS
+        num_slots = len(kernel.parameters) + len(entry.hidden_parameters)
         self._arguments = ctypes.create_string_buffer(num_slots * _SLOT_BYTES)  # zeros: null pointers
         first = ctypes.addressof(self._arguments)
         self._slots = (ctypes.c_void_p * num_slots)(*(first + i * _SLOT_BYTES for i in range(num_slots)))
 
         # Asking a module for a function loads it, even where the driver loads lazily.
-        module = _check(driver.cuModuleLoadData(image), f"loading {self._name}")
+        module = _check(driver.cuModuleLoadData(cubin), f"loading {self._name}")
         self._function = _check(
-            driver.cuModuleGetFunction(module, kernel.function.encode()), f"finding {self._name}"
+            driver.cuModuleGetFunction(module, entry.symbol.encode()), f"finding {self._name}"
         )
-        if cubin.shared > DEFAULT_SHARED_BYTES:
+        if entry.shared_bytes > DEFAULT_SHARED_BYTES:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _check(
-                driver.cuFuncSetAttribute(self._function, attribute, cubin.shared),
-                f"allowing {self._name} {cubin.shared} bytes of shared memory",
+                driver.cuFuncSetAttribute(self._function, attribute, entry.shared_bytes),
+                f"allowing {self._name} {entry.shared_bytes} bytes of shared memory",
             )
-        self._num_ctas = cubin.num_ctas
-        self._config = _launch_config(cubin)
+        self._num_ctas = entry.num_ctas
+        self._config = _launch_config(entry)
 
     def launch(self, launch: Launch, addresses: Mapping[str, int], stream: int) -> None:
         values = [
@@ -188,16 +170,16 @@ def _format(kernel: Kernel, type_: str) -> str:
     return _FORMATS[type_]
 
 
-def _launch_config(cubin: Cubin) -> driver.CUlaunchConfig:
+def _launch_config(entry: CubinEntry) -> driver.CUlaunchConfig:
     """A configuration that lacks the grid and the stream."""
     config = driver.CUlaunchConfig()
-    config.blockDimX, config.blockDimY, config.blockDimZ = cubin.threads, 1, 1
-    config.sharedMemBytes = cubin.shared
+    config.blockDimX, config.blockDimY, config.blockDimZ = entry.threads, 1, 1
+    config.sharedMemBytes = entry.shared_bytes
     config.numAttrs = 0
-    if cubin.num_ctas > 1:
+    if entry.num_ctas > 1:
         cluster = driver.CUlaunchAttribute()
         cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        cluster.value.clusterDim.x = cubin.num_ctas
+        cluster.value.clusterDim.x = entry.num_ctas
         cluster.value.clusterDim.y = cluster.value.clusterDim.z = 1
         config.attrs = [cluster]
         config.numAttrs = 1

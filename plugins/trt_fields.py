@@ -16,7 +16,7 @@ TensorRT: TypeAlias = Any  # the module `tensorrt`
 
 
 class Fields:
-    """A PluginFieldCollection and the memory that it points into, which TensorRT does not keep alive."""
+    """A PluginFieldCollection, and the fields with the memory that it points into but does not keep alive."""
 
     def __init__(
         self, trt: TensorRT, spec: OpSpec, values: Mapping[str, AttributeValue] | None = None
@@ -28,8 +28,10 @@ class Fields:
             "string": trt.PluginFieldType.CHAR,
         }
         attributes = (*spec.attributes, Attribute(INPUT_NAMES, "string"))
-        self._arrays = {a.name: _array(a, None if values is None else values[a.name]) for a in attributes}
-        self._fields = [trt.PluginField(a.name, self._arrays[a.name], types[a.type]) for a in attributes]
+        self._fields = [
+            trt.PluginField(a.name, _array(a, None if values is None else values[a.name]), types[a.type])
+            for a in attributes
+        ]
         self.collection = trt.PluginFieldCollection(self._fields)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from trtforge.errors import PluginError
+from trtforge.plugins.bundle import HIDDEN_PARAMETERS, MANIFEST_FILE, BundleManifest, CubinEntry
 from trtforge.plugins.launch import Kernel, Launch, Plan, workspace_layout
 from trtforge.plugins.launcher import Launcher
 
@@ -24,15 +26,8 @@ CLUSTER_ATTRIBUTE = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 NULL = "00" * 8
 
 
-@dataclass(frozen=True)
-class Cubin:
-    threads: int = 128
-    shared: int = 1024
-    num_ctas: int = 1
-
-
 SCALE = Kernel(
-    operator="demo",
+    operator="fake_cuda.demo",
     function="scale_rows",
     parameters=(
         ("x", "*bf16"),
@@ -46,17 +41,15 @@ SCALE = Kernel(
     num_stages=2,
 )
 SUM = Kernel(
-    operator="demo",
+    operator="fake_cuda.demo",
     function="sum_rows",
     parameters=(("partial", "*fp32"), ("stride", "i64"), ("mask", "*i8"), ("y", "*bf16"), ("count", "u32")),
     constants=(),
     num_warps=8,
     num_stages=1,
 )
-CUBINS = {
-    SCALE: (Cubin(), b"scale_rows 8 4 4 8 8 8 8\0"),
-    SUM: (Cubin(threads=256), b"sum_rows 8 8 8 8 4 8 8\0"),
-}
+# Sizes of their parameters, hidden ones included: all that the driver of these tests knows of a cubin.
+CUBINS = {SCALE: "8 4 4 8 8 8 8", SUM: "8 8 8 8 4 8 8"}
 SCALE_ARGUMENTS = {"x": "x", "num_rows": -7, "factor": 0.1, "partial": "partial", "y": "y"}
 SUM_ARGUMENTS = {"partial": "partial", "stride": 2**40, "mask": None, "y": "y", "count": 2**32 - 1}
 POINTERS = {"x": 0x7F00_0000_1230, "y": 0x7F00_0000_4560}
@@ -71,6 +64,37 @@ def scale(grid: tuple[int, int, int] = (3, 2, 1), **arguments: Any) -> Launch:
 def launch(*launches: Launch, pointers: dict[str, int] = POINTERS) -> tuple[str, tuple[Any, ...]]:
     plan = Plan(launches, {"counters": 4, "partial": 1000})
     return "launch", (plan, pointers, WORKSPACE, STREAM)
+
+
+def write_bundle(folder: Path, cubins: dict[Kernel, str], **changes: Any) -> None:
+    """A bundle for sm_90. `changes` are fields of every entry of its manifest."""
+    entries = []
+    for kernel, sizes in cubins.items():
+        cubin = f"{kernel.function}_symbol {sizes}\0".encode()
+        values = {
+            "name": kernel.name,
+            "arch": 90,
+            "operator": kernel.operator,
+            "function": kernel.function,
+            "symbol": f"{kernel.function}_symbol",
+            "parameters": kernel.parameters,
+            "hidden_parameters": HIDDEN_PARAMETERS,
+            "constants": dict(kernel.constants),
+            "num_warps": kernel.num_warps,
+            "num_stages": kernel.num_stages,
+            "num_ctas": 1,
+            "threads": 32 * kernel.num_warps,
+            "shared_bytes": 1024,
+            "source_sha256": hashlib.sha256((FOLDER / "demo" / "kernel.py").read_bytes()).hexdigest(),
+            "sha256": hashlib.sha256(cubin).hexdigest(),
+            "num_bytes": len(cubin),
+        }
+        entries.append(CubinEntry(**values | changes))
+        path = folder / entries[-1].file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(cubin)
+    manifest = BundleManifest(compiler="none", compiler_version="0", cubins=tuple(entries))
+    (folder / MANIFEST_FILE).write_text(manifest.model_dump_json())
 
 
 @pytest.fixture(scope="module")
@@ -96,22 +120,32 @@ class Outcome:
 
 @pytest.fixture
 def run(driver_folder: Path, tmp_path: Path):
-    """`run(*steps, cubins=..., threads=1, fail="")`: what a launcher does in a process with the driver."""
+    """`run(*steps, cubins=..., capability=90, threads=1, fail="", **changes)`: steps of a launcher.
 
-    def run(*steps: Any, cubins: Any = CUBINS, threads: int = 1, fail: str = "") -> Outcome:
-        record = tmp_path / "calls"
-        record.unlink(missing_ok=True)
+    They run in a process with the recording driver. `changes` are those of `write_bundle`.
+    """
+
+    def run(
+        *steps: Any,
+        cubins: dict[Kernel, str] = CUBINS,
+        capability: int = 90,
+        threads: int = 1,
+        fail: str = "",
+        **changes: Any,
+    ) -> Outcome:
+        record, bundle = tmp_path / "calls", tmp_path / "bundle"
+        write_bundle(bundle, cubins, **changes)
         environment = {
             **os.environ,
             "LD_LIBRARY_PATH": str(driver_folder),
-            "PYTHONPATH": os.pathsep.join(sys.path),
+            "PYTHONPATH": os.pathsep.join([str(FOLDER.parent), *sys.path]),
             "FAKE_CUDA_RECORD": str(record),
-            "FAKE_CUDA_ARCH": "90",
+            "FAKE_CUDA_ARCH": str(capability),
             "FAKE_CUDA_FAIL": fail,
         }
         process = subprocess.run(
             [sys.executable, str(FOLDER / "run.py")],
-            input=pickle.dumps({"cubins": cubins, "steps": steps, "threads": threads}),
+            input=pickle.dumps({"bundle": bundle, "steps": steps, "threads": threads}),
             env=environment,
             capture_output=True,
         )
@@ -131,26 +165,12 @@ def test_every_parameter_arrives_byte_for_byte(run) -> None:
         pointers = struct.pack("<Q", WORKSPACE + 256), struct.pack("<Q", POINTERS["y"])
         return [value.hex() for value in (*values, *pointers)] + [NULL, NULL]
 
-    partial = struct.pack("<Q", WORKSPACE + 256).hex()
-    y = struct.pack("<Q", POINTERS["y"]).hex()
-    stride = struct.pack("<q", 2**40).hex()
+    partial, stride = struct.pack("<Q", WORKSPACE + 256).hex(), struct.pack("<q", 2**40).hex()
+    sum_parameters = [partial, stride, NULL, struct.pack("<Q", POINTERS["y"]).hex(), "ffffffff", NULL, NULL]
     assert outcome.launches() == [
-        ["scale_rows", "3,2,1", "128,1,1", "1024", hex(STREAM), *scale_parameters(-7)],
-        [
-            "sum_rows",
-            "5,1,4",
-            "256,1,1",
-            "1024",
-            hex(STREAM),
-            partial,
-            stride,
-            NULL,
-            y,
-            "ffffffff",
-            NULL,
-            NULL,
-        ],
-        ["scale_rows", "1,1,1", "128,1,1", "1024", hex(STREAM), *scale_parameters(9)],
+        ["scale_rows_symbol", "3,2,1", "128,1,1", "1024", hex(STREAM), *scale_parameters(-7)],
+        ["sum_rows_symbol", "5,1,4", "256,1,1", "1024", hex(STREAM), *sum_parameters],
+        ["scale_rows_symbol", "1,1,1", "128,1,1", "1024", hex(STREAM), *scale_parameters(9)],
     ]
 
 
@@ -169,14 +189,14 @@ def test_a_launch_of_loaded_kernels_does_nothing_else(run) -> None:
 
 @pytest.mark.parametrize(("shared", "allowed"), [(48 * 1024, False), (48 * 1024 + 1, True)])
 def test_shared_memory_above_48_kib_has_to_be_allowed(run, shared: int, allowed: bool) -> None:
-    outcome = run(launch(scale()), cubins={SCALE: (Cubin(shared=shared), CUBINS[SCALE][1])})
-    call = f"cuFuncSetAttribute scale_rows {SHARED_BYTES_ATTRIBUTE} {shared}"
+    outcome = run(launch(scale()), shared_bytes=shared)
+    call = f"cuFuncSetAttribute scale_rows_symbol {SHARED_BYTES_ATTRIBUTE} {shared}"
     assert (call in outcome.calls) == allowed
     assert outcome.launches()[0][3] == str(shared)
 
 
 def test_a_cluster_multiplies_the_grid(run) -> None:
-    outcome = run(launch(scale()), cubins={SCALE: (Cubin(num_ctas=2), CUBINS[SCALE][1])})
+    outcome = run(launch(scale()), num_ctas=2)
     _, grid, _, _, _, attribute, *parameters = outcome.launches()[0]
     assert grid == "6,2,1"
     assert attribute == f"attribute={CLUSTER_ATTRIBUTE}:2,1,1"
@@ -209,10 +229,17 @@ def test_what_kernels_do_not_take_is_refused(run) -> None:
 
 
 def test_a_parameter_type_that_cannot_be_passed_is_refused(run) -> None:
-    kernel = Kernel("demo", "odd", (("x", "fp16"),), (), 4, 1)
-    cubins = {kernel: (Cubin(), b"odd 2 8 8\0")}
-    outcome = run(launch(Launch(kernel, (1, 1, 1), {"x": 1.0})), cubins=cubins)
+    kernel = Kernel("fake_cuda.demo", "odd", (("x", "fp16"),), (), 4, 1)
+    outcome = run(launch(Launch(kernel, (1, 1, 1), {"x": 1.0})), cubins={kernel: "2 8 8"})
     assert "parameter of type fp16" in outcome.errors[0]
+
+
+def test_a_device_without_cubins_is_told_which_there_are(run) -> None:
+    outcome = run(launch(scale()), capability=86)
+    for text in (SCALE.name, "for sm_90, and not for sm_80", "trtforge compile-kernels"):
+        assert text in outcome.errors[0]
+    outcome = run(launch(scale()), capability=75)
+    assert "no kernels are compiled for compute capability 7.5" in outcome.errors[0]
 
 
 @pytest.mark.parametrize(
@@ -224,8 +251,7 @@ def test_a_parameter_type_that_cannot_be_passed_is_refused(run) -> None:
     ],
 )
 def test_errors_of_the_driver_say_what_failed_and_why(run, function: str, doing: str) -> None:
-    cubins = {SCALE: (Cubin(shared=100_000), CUBINS[SCALE][1])}
-    outcome = run(launch(scale()), cubins=cubins, fail=f"{function} 700")
+    outcome = run(launch(scale()), shared_bytes=100_000, fail=f"{function} 700")
     reason = "CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered"
     assert outcome.errors == [f"{doing.format(name=SCALE.name)} failed with {reason}"]
     # The context that was current before loading is current again.

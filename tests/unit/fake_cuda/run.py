@@ -1,7 +1,8 @@
 """Runs launches where the CUDA driver is the fake one: a pickled scenario comes in, pickled errors go out.
 
-A scenario has `cubins` (kernel -> how to launch it, image), `steps` (method of the launcher, arguments) and
-`threads`, in how many of which steps run at the same time. There is one error, or None, for every step.
+A scenario has the `bundle`'s folder, `steps` (method of the launcher, arguments) and `threads`, in how many
+of which steps run at the same time. There is one error, or None, for every step; where no launcher can be
+made, there is that one error.
 """
 
 from __future__ import annotations
@@ -12,22 +13,18 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from trtforge.errors import PluginError
-from trtforge.plugins.launch import Kernel
+from trtforge.plugins.bundle import Bundle
 from trtforge.plugins.launcher import Launcher
-
-
-class PickledCubins:
-    def __init__(self, cubins: dict[Kernel, tuple[Any, bytes]]) -> None:
-        self._cubins = cubins
-
-    def cubin(self, kernel: Kernel, arch: int) -> tuple[Any, bytes]:
-        return self._cubins[kernel]
 
 
 def main() -> None:
     scenario = pickle.load(sys.stdin.buffer)
     sys.setswitchinterval(1e-6)
-    launcher = Launcher(PickledCubins(scenario["cubins"]))
+    try:
+        launcher = Launcher(Bundle.load(scenario["bundle"]))
+    except PluginError as refusal:
+        pickle.dump([str(refusal)], sys.stdout.buffer)
+        return
 
     def error(step: tuple[str, tuple[Any, ...]]) -> str | None:
         method, arguments = step
