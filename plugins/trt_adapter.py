@@ -13,10 +13,12 @@ from typing import Any, TypeAlias
 import onnx
 
 from trtforge.errors import PluginError
+from trtforge.plugins.bundle import Bundle
 from trtforge.plugins.launch import Kernels
+from trtforge.plugins.launcher import Launcher
 from trtforge.plugins.op import DOMAIN, OPSET_VERSION, OpSpec
 from trtforge.plugins.signature import Signature
-from trtforge.plugins.trt_fields import INPUT_NAMES, Fields, TensorRT, read_fields
+from trtforge.plugins.trt_fields import INPUT_NAMES, NodeFields, TensorRT, field_names
 from trtforge.plugins.trt_plugin import Node, PlanLauncher, Plugin, logged, plugin_type
 
 Operators: TypeAlias = Mapping[OpSpec, Kernels]
@@ -42,16 +44,17 @@ def name_inputs(model: onnx.ModelProto, operators: Operators) -> None:
         node.input.extend(value for _, value in given)
 
 
-def register(trt: TensorRT, operators: Operators, make_launcher: Callable[[], PlanLauncher]) -> None:
+def register(trt: TensorRT, operators: Operators, bundle: Bundle, device: int = 0) -> None:
     """Register a creator for each of `operators` with TensorRT until the process ends.
 
-    The launcher is made when a plugin first needs it. Raises PluginError for TensorRT-RTX, whose parser
-    aborts the process where it finds a creator, and for an operator that is registered already.
+    Their kernels are those of `bundle`, on the CUDA device of this ordinal, which is used once a plugin needs
+    it. Raises PluginError for TensorRT-RTX, whose parser aborts the process where it finds a creator, and for
+    an operator that is registered already.
     """
     if trt.__name__.startswith("tensorrt_rtx"):
         raise PluginError("TensorRT-RTX takes no plugins: add the operators' function bodies to the model")
     registry = trt.get_plugin_registry()
-    for creator in make_creators(trt, operators, make_launcher):
+    for creator in make_creators(trt, operators, functools.partial(Launcher, bundle, device)):
         if not registry.register_creator(creator, DOMAIN):
             raise PluginError(f"{creator.name} is registered already: a process serves engines of one bundle")
         _registered.append(creator)
@@ -60,10 +63,13 @@ def register(trt: TensorRT, operators: Operators, make_launcher: Callable[[], Pl
 def make_creators(
     trt: TensorRT, operators: Operators, make_launcher: Callable[[], PlanLauncher]
 ) -> tuple[Any, ...]:
-    """An IPluginCreatorV3One for each of `operators`; their plugins share the launcher."""
+    """An IPluginCreatorV3One for each of `operators`; one launcher, made when needed, serves them all."""
     creator_type = type("OperatorCreator", (_Creator, trt.IPluginCreatorV3One), {})
-    plugin, launcher = plugin_type(trt), functools.cache(make_launcher)
-    return tuple(creator_type(trt, spec, kernels, plugin, launcher) for spec, kernels in operators.items())
+    make_plugin = functools.partial(plugin_type(trt), trt)
+    launcher = functools.cache(make_launcher)
+    return tuple(
+        creator_type(trt, spec, kernels, launcher, make_plugin) for spec, kernels in operators.items()
+    )
 
 
 class _Creator:
@@ -74,25 +80,22 @@ class _Creator:
         trt: TensorRT,
         spec: OpSpec,
         kernels: Kernels,
-        plugin: type[Plugin],
         launcher: Callable[[], PlanLauncher],
+        make_plugin: Callable[[Node], Plugin],
     ) -> None:
         trt.IPluginCreatorV3One.__init__(self)
         self.label = self.name = spec.name
         self.plugin_namespace = DOMAIN
         self.plugin_version = str(OPSET_VERSION)
-        self._fields = Fields(trt, spec)
-        self.field_names = self._fields.collection
-        self._trt, self._spec, self._kernels, self._plugin, self._launcher = (
-            trt,
-            spec,
-            kernels,
-            plugin,
-            launcher,
-        )
+        self._field_names = field_names(trt, spec)
+        self.field_names = self._field_names.fields
+        self._spec = spec
+        self._kernels = kernels
+        self._launcher = launcher
+        self._make_plugin = make_plugin
 
     @logged
     def create_plugin(self, name: str, fields: Iterable[Any], phase: Any) -> Plugin:
-        attributes, input_names = read_fields(self._spec, fields)
-        signature = Signature(self._spec, input_names)
-        return self._plugin(self._trt, Node(name, signature, self._kernels, attributes, self._launcher))
+        found = NodeFields.read(self._spec, fields)
+        signature = Signature(self._spec, found.input_names)
+        return self._make_plugin(Node(name, signature, self._kernels, found, self._launcher))

@@ -1,65 +1,83 @@
-"""TensorRT's plugin fields: a node's attributes, as its parser and its engines carry them."""
+"""TensorRT's plugin fields: what its parser knows of a node, and what an engine keeps of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from trtforge.errors import PluginError
-from trtforge.plugins.op import Array, Attribute, AttributeValue, OpSpec
+from trtforge.plugins.op import Array, AttributeValue, OpSpec
 
-INPUT_NAMES = "input_names"  # a field of every plugin: which inputs its node has, with commas between them
+INPUT_NAMES = "input_names"  # which inputs a node has, with commas between them
+WORKSPACE_BYTES = "workspace_bytes"
 
 TensorRT: TypeAlias = Any  # the module `tensorrt`
 
 
-class Fields:
-    """A PluginFieldCollection, and the fields with the memory that it points into but does not keep alive."""
+@dataclass(frozen=True, slots=True)
+class NodeFields:
+    """A node as its fields describe it."""
 
-    def __init__(
-        self, trt: TensorRT, spec: OpSpec, values: Mapping[str, AttributeValue] | None = None
-    ) -> None:
-        """`values` of the operator's attributes and INPUT_NAMES; without them, only names and types."""
-        types = {
-            "int": trt.PluginFieldType.INT32,
-            "float": trt.PluginFieldType.FLOAT32,
-            "string": trt.PluginFieldType.CHAR,
+    attributes: Mapping[str, AttributeValue]  # all that the operator has
+    input_names: tuple[str, ...]
+    workspace_bytes: int  # that an engine gives the node; 0 before it is built
+
+    @classmethod
+    def read(cls, spec: OpSpec, fields: Iterable[Any]) -> NodeFields:
+        """Fields of a parsed node or of an engine; raises PluginError if one is missing."""
+        arrays: dict[str, Array] = {field.name: field.data for field in fields if field.size}
+        if INPUT_NAMES not in arrays:
+            raise PluginError(f"{spec.name} needs the attribute {INPUT_NAMES}: see name_inputs")
+        # A parser leaves out attributes that a node does not have.
+        values = {a.name: _value(arrays[a.name]) for a in spec.attributes if a.name in arrays}
+        complete = spec.node_attributes(**values)
+        return cls(
+            attributes={a.name: complete[a.name] for a in spec.attributes},
+            input_names=tuple(str(_value(arrays[INPUT_NAMES])).split(",")),
+            workspace_bytes=int(_value(arrays[WORKSPACE_BYTES])) if WORKSPACE_BYTES in arrays else 0,
+        )
+
+    def for_engine(self, trt: TensorRT) -> Collection:
+        """What `read` reads again."""
+        values = {
+            **self.attributes,
+            INPUT_NAMES: ",".join(self.input_names),
+            WORKSPACE_BYTES: self.workspace_bytes,
         }
-        attributes = (*spec.attributes, Attribute(INPUT_NAMES, "string"))
+        return Collection(trt, {name: _array(value) for name, value in values.items()})
+
+
+class Collection:
+    """A PluginFieldCollection, `fields`, with all that it points to, which TensorRT does not keep alive."""
+
+    def __init__(self, trt: TensorRT, arrays: Mapping[str, Array]) -> None:
+        kinds = trt.PluginFieldType
+        types = {"int8": kinds.CHAR, "int32": kinds.INT32, "int64": kinds.INT64, "float32": kinds.FLOAT32}
         self._fields = [
-            trt.PluginField(a.name, _array(a, None if values is None else values[a.name]), types[a.type])
-            for a in attributes
+            trt.PluginField(name, array, types[array.dtype.name]) for name, array in arrays.items()
         ]
-        self.collection = trt.PluginFieldCollection(self._fields)
+        self.fields = trt.PluginFieldCollection(self._fields)
 
 
-def read_fields(spec: OpSpec, fields: Iterable[Any]) -> tuple[dict[str, AttributeValue], list[str]]:
-    """Attributes, with defaults where there is no field, and the names of the inputs.
-
-    Raises PluginError for a missing field that has no default.
-    """
-    arrays: dict[str, Array] = {field.name: field.data for field in fields if field.size}
-    if INPUT_NAMES not in arrays:
-        raise PluginError(f"{spec.name} needs the attribute {INPUT_NAMES}: call name_inputs before parsing")
-    given = {a.name: _value(a, arrays[a.name]) for a in spec.attributes if a.name in arrays}
-    complete = spec.node_attributes(**given)
-    attributes = {a.name: complete[a.name] for a in spec.attributes}
-    return attributes, _text(arrays[INPUT_NAMES]).split(",")
+def field_names(trt: TensorRT, spec: OpSpec) -> Collection:
+    """Names and types of the fields that a parser has to pass on, without values."""
+    dtypes = {"int": np.int32, "float": np.float32, "string": np.int8}
+    types = {attribute.name: dtypes[attribute.type] for attribute in spec.attributes}
+    types[INPUT_NAMES] = np.int8
+    return Collection(trt, {name: np.array([], dtype) for name, dtype in types.items()})
 
 
-def _array(attribute: Attribute, value: AttributeValue | None) -> Array:
-    if attribute.type == "string":  # the zero at its end keeps an empty one from being a field without data
-        return np.frombuffer(b"" if value is None else str(value).encode() + b"\0", np.int8)
-    return np.array([] if value is None else [value], np.int32 if attribute.type == "int" else np.float32)
+def _array(value: AttributeValue) -> Array:
+    if isinstance(value, str):  # with an end, so that an empty one is no field without data
+        return np.frombuffer(value.encode() + b"\0", np.int8)
+    return np.array([value], np.int64 if isinstance(value, int) else np.float32)
 
 
-def _value(attribute: Attribute, array: Array) -> AttributeValue:
-    if attribute.type == "string":
-        return _text(array)
-    return int(array[0]) if attribute.type == "int" else float(array[0])
-
-
-def _text(array: Array) -> str:
-    return array.tobytes().rstrip(b"\0").decode()
+def _value(array: Array) -> AttributeValue:
+    if array.dtype == np.int8:
+        return array.tobytes().rstrip(b"\0").decode()
+    value: AttributeValue = array[0].item()
+    return value

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, cast
 
 from trtforge.errors import PluginError
 from trtforge.plugins.launch import Gpu, Kernels, Plan, workspace_layout
-from trtforge.plugins.op import DOMAIN, OPSET_VERSION, AttributeValue
+from trtforge.plugins.op import DOMAIN, OPSET_VERSION
 from trtforge.plugins.signature import Signature
-from trtforge.plugins.trt_fields import INPUT_NAMES, Fields, TensorRT
+from trtforge.plugins.trt_fields import Collection, NodeFields, TensorRT
 
 logger = logging.getLogger(__name__)
 
@@ -60,14 +60,14 @@ class PlanLauncher(Protocol):
     ) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Node:
-    """What a plugin and its clones stand for."""
+    """What a plugin and its clones stand for, and share."""
 
     name: str
     signature: Signature
     kernels: Kernels
-    attributes: Mapping[str, AttributeValue]
+    fields: NodeFields  # replaced when the workspace grows, which TensorRT may ask any clone about
     launcher: Callable[[], PlanLauncher]
 
 
@@ -90,8 +90,7 @@ class Plugin:
         self._trt = trt
         self._node = node
         self._plan = plan  # of the shapes that the next launch has
-        input_names = ",".join(tensor.name for tensor in node.signature.inputs)
-        self._fields = Fields(trt, spec, {**node.attributes, INPUT_NAMES: input_names})
+        self._serialized: Collection | None = None  # alive while TensorRT reads it
 
     def get_capability_interface(self, type_: Any) -> Plugin:
         return self
@@ -136,14 +135,19 @@ class Plugin:
     def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
         """Bytes that suffice for every shape of the profile."""
         dtypes = [self._dtype(tensor.desc.type) for tensor in inputs]
-        return max(
+        num_bytes = max(
             workspace_layout(self._make_plan([tuple(getattr(tensor, bound)) for tensor in inputs], dtypes))[1]
             for bound in ("min", "opt", "max")
         )
+        fields = self._node.fields
+        if num_bytes > fields.workspace_bytes:
+            self._node.fields = replace(fields, workspace_bytes=num_bytes)
+        return num_bytes
 
     @logged
     def get_fields_to_serialize(self) -> Any:
-        return self._fields.collection
+        self._serialized = self._node.fields.for_engine(self._trt)
+        return self._serialized.fields
 
     # While an engine runs.
 
@@ -174,6 +178,12 @@ class Plugin:
     ) -> None:
         if self._plan is None:
             raise PluginError(f"{self.label} was enqueued before it got shapes")
+        needed, reserved = workspace_layout(self._plan)[1], self._node.fields.workspace_bytes
+        if needed > reserved:
+            raise PluginError(
+                f"{self.label} needs {needed} bytes of workspace for these shapes; {reserved} sufficed for "
+                "those that the engine was built for"
+            )
         signature = self._node.signature
         for position, (tensor, address) in enumerate(zip(signature.spec.outputs, outputs, strict=True)):
             source = signature.aliased_input(position)
@@ -190,7 +200,7 @@ class Plugin:
         self._node.launcher().launch(self._plan, pointers, workspace, stream)
 
     def _make_plan(self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str]) -> Plan:
-        call = self._node.signature.call(shapes, dtypes, self._node.attributes)
+        call = self._node.signature.call(shapes, dtypes, self._node.fields.attributes)
         return self._node.kernels.plan(call, self._node.launcher().gpu)
 
     def _dtype(self, type_: Any) -> str:

@@ -9,6 +9,7 @@ import gc
 import logging
 from collections.abc import Iterator
 from math import prod
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ import onnx
 import pytest
 
 from trtforge.errors import PluginError
+from trtforge.plugins.bundle import Bundle, BundleManifest
 from trtforge.plugins.launch import Call, Gpu, Kernel, Kernels, Launch, Plan
 from trtforge.plugins.op import DOMAIN, FLOATS, INTS, Attribute, OpSpec, Tensor
 from trtforge.plugins.trt_adapter import make_creators, name_inputs, register
@@ -50,6 +52,9 @@ GATHER = OpSpec(
     aliases={"table_out": "table"},
 )
 KERNEL = Kernel("gather", "gather", (("table", "*bf16"), ("out", "*bf16")), (), 4, 2)
+
+
+EMPTY = Bundle(Path("nowhere"), BundleManifest(compiler="none", compiler_version="0", cubins=()))
 
 
 def plan_gather(call: Call, gpu: Gpu) -> Plan:
@@ -138,6 +143,23 @@ def dynamic(tensor: Any, **bounds: tuple[int, ...]) -> Any:
     return result
 
 
+def profile(max_tokens: int = 6, max_rows: int = 100) -> list[Any]:
+    return [
+        dynamic(desc(D.BF16, -1, 2, 8), min=(1, 2, 8), opt=(10, 2, 8), max=(max_rows, 2, 8)),
+        dynamic(desc(D.INT32, -1), min=(1,), opt=(2,), max=(max_tokens,)),
+        dynamic(desc(D.BF16, -1), min=(1,), opt=(2,), max=(max_tokens,)),
+    ]
+
+
+def build(creator: Any, **values: int | float | str) -> Any:
+    """The plugin of an engine that was built for `profile()`."""
+    plugin = create(creator, **values)
+    clone = plugin.clone()
+    clone.get_workspace_size(profile(), [])
+    serialized = trt.PluginFieldCollection_(plugin.get_fields_to_serialize())
+    return creator.create_plugin("layer.0", serialized, trt.TensorRTPhase.RUNTIME)
+
+
 def inputs_of(num_tokens: int, dtype: Any = D.BF16) -> list[Any]:
     return [desc(dtype, 100, 2, 8), desc(D.INT32, num_tokens), desc(dtype, num_tokens)]
 
@@ -198,7 +220,7 @@ def test_missing_and_impossible_fields_are_refused_and_logged(
     with pytest.raises(PluginError, match="GatherScaled needs the attribute factor"):
         creator.create_plugin("layer.0", fields, trt.TensorRTPhase.BUILD)
     fields, *_memory = parsed_fields(factor=1.0)
-    with pytest.raises(PluginError, match="call name_inputs"):
+    with pytest.raises(PluginError, match="needs the attribute input_names"):
         creator.create_plugin("layer.0", fields, trt.TensorRTPhase.BUILD)
     for names in ("table", "rows,table", "table,rows,weights"):
         with pytest.raises(PluginError, match=r"takes the inputs table, rows, \[bias\], \[scales\], not"):
@@ -261,12 +283,20 @@ def test_aliased_outputs_name_their_input(creator: Any) -> None:
 
 
 def test_the_workspace_is_that_of_the_largest_shapes(creator: Any) -> None:
-    tensors = [
-        dynamic(desc(D.BF16, -1, 2, 8), min=(1, 2, 8), opt=(10, 2, 8), max=(100, 2, 8)),
-        dynamic(desc(D.INT32, -1), min=(1,), opt=(2,), max=(4,)),
-        dynamic(desc(D.BF16, -1), min=(1,), opt=(2,), max=(4,)),
-    ]
-    assert create(creator).get_workspace_size(tensors, []) == 6400  # 4 * 100 * 2 * 8, a multiple of 256
+    assert create(creator).get_workspace_size(profile(), []) == 6400  # 4 * 100 * 2 * 8, a multiple of 256
+
+
+def test_an_engine_s_plugin_refuses_shapes_that_need_more_workspace(
+    creator: Any, launcher: RecordingLauncher
+) -> None:
+    plugin = build(creator)
+    larger = [desc(D.BF16, 101, 2, 8), *inputs_of(4)[1:]]
+    plugin.on_shape_change(larger, outputs_of(4))
+    with pytest.raises(PluginError, match="needs 6656 bytes of workspace for these shapes; 6400 sufficed"):
+        enqueue(plugin, 4, [0x100, 0x200, 0x300], [0x400, 0x100, 0x500])
+    plugin.on_shape_change(inputs_of(4), outputs_of(4))
+    enqueue(plugin, 4, [0x100, 0x200, 0x300], [0x400, 0x100, 0x500])
+    assert len(launcher.launched) == 1
 
 
 def test_what_kernels_refuse_is_logged_with_its_reason(
@@ -282,7 +312,8 @@ def test_what_kernels_refuse_is_logged_with_its_reason(
 def test_enqueue_launches_the_plan_of_the_last_shapes(
     creator: Any, launcher: RecordingLauncher, calls: list[Call]
 ) -> None:
-    plugin = create(creator)
+    plugin = build(creator)
+    calls.clear()
     for num_tokens in (3, 4):
         plugin.on_shape_change(inputs_of(num_tokens), outputs_of(num_tokens))
     enqueue(plugin, 4, [0x100, 0x200, 0x300], [0x400, 0x100, 0x500])
@@ -305,7 +336,7 @@ def test_enqueue_launches_the_plan_of_the_last_shapes(
 
 
 def test_enqueue_refuses_what_would_corrupt_memory(creator: Any, launcher: RecordingLauncher) -> None:
-    plugin = create(creator)
+    plugin = build(creator)
     with pytest.raises(PluginError, match="before it got shapes"):
         enqueue(plugin, 4, [0x100, 0x200, 0x300], [0x400, 0x100, 0x500])
     plugin.on_shape_change(inputs_of(4), outputs_of(4))
@@ -317,7 +348,7 @@ def test_enqueue_refuses_what_would_corrupt_memory(creator: Any, launcher: Recor
 
 
 def test_clones_share_nothing_that_changes(creator: Any, launcher: RecordingLauncher) -> None:
-    plugin = create(creator, factor=0.25)
+    plugin = build(creator, factor=0.25)
     plugin.on_shape_change(inputs_of(3), outputs_of(3))
     clones = [plugin.clone(), plugin.attach_to_context(None)]
     for number, clone in enumerate(clones, start=5):
@@ -361,10 +392,10 @@ def test_nodes_of_other_domains_stay_as_they_are() -> None:
 
 def test_tensorrt_rtx_is_refused() -> None:
     with pytest.raises(PluginError, match="TensorRT-RTX takes no plugins"):
-        register(tensorrt_rtx, {}, RecordingLauncher)
+        register(tensorrt_rtx, {}, EMPTY)
 
 
-def test_an_operator_is_registered_once(launcher: RecordingLauncher) -> None:
+def test_an_operator_is_registered_once() -> None:
     registered: list[tuple[str, str]] = []
 
     def register_creator(creator: Any, namespace: str) -> bool:
@@ -376,7 +407,7 @@ def test_an_operator_is_registered_once(launcher: RecordingLauncher) -> None:
     registry = SimpleNamespace(register_creator=register_creator)
     full = SimpleNamespace(**vars(trt) | {"__name__": "tensorrt", "get_plugin_registry": lambda: registry})
     operators = {GATHER: Kernels(plan_gather, lambda call, arch: (KERNEL,))}
-    register(full, operators, lambda: launcher)
+    register(full, operators, EMPTY)
     assert registered == [("GatherScaled", DOMAIN)]
     with pytest.raises(PluginError, match="GatherScaled is registered already"):
-        register(full, operators, lambda: launcher)
+        register(full, operators, EMPTY)
