@@ -50,8 +50,8 @@ class Launcher:
             return value
 
         capability = 10 * attribute("COMPUTE_CAPABILITY_MAJOR") + attribute("COMPUTE_CAPABILITY_MINOR")
-        # What plans are to be made for: the kernels that run on the device, not the device itself.
-        self.gpu = Gpu(arch=arch_for(capability), num_sms=attribute("MULTIPROCESSOR_COUNT"))
+        arch_for(capability)  # or there are no kernels for it, whatever the bundle
+        self.gpu = Gpu(arch=capability, num_sms=attribute("MULTIPROCESSOR_COUNT"))
 
     def load(self, plan: Plan) -> None:
         """Load the kernels of `plan` that are not loaded yet.
