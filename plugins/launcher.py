@@ -110,11 +110,12 @@ class _LoadedKernel:
         first = ctypes.addressof(self._arguments)
         self._slots = (ctypes.c_void_p * num_slots)(*(first + i * _SLOT_BYTES for i in range(num_slots)))
 
-        # Asking a module for a function loads it, even where the driver loads lazily.
         module = _check(driver.cuModuleLoadData(cubin), f"loading {self._name}")
         self._function = _check(
             driver.cuModuleGetFunction(module, entry.symbol.encode()), f"finding {self._name}"
         )
+        # The driver is lazy: it would load the function at its first launch, perhaps during a capture.
+        _check(driver.cuFuncLoad(self._function), f"loading {self._name}")
         if entry.shared_bytes > DEFAULT_SHARED_BYTES:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _check(

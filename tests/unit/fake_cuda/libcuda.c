@@ -99,6 +99,8 @@ int cuModuleGetFunction(void **result, Module *module, const char *name) {
     return strcmp(module->name, name) ? NOT_FOUND : called("cuModuleGetFunction", " %s", name);
 }
 
+int cuFuncLoad(Module *function) { return called("cuFuncLoad", " %s", function->name); }
+
 int cuFuncSetAttribute(Module *function, int attribute, int value) {
     return called("cuFuncSetAttribute", " %s %d %d", function->name, attribute, value);
 }
@@ -139,8 +141,8 @@ static const struct {
 } FUNCTIONS[] = {
     ENTRY(cuInit), ENTRY(cuDriverGetVersion), ENTRY(cuDeviceGet), ENTRY(cuDeviceGetAttribute),
     ENTRY(cuDevicePrimaryCtxRetain), ENTRY(cuCtxPushCurrent), ENTRY(cuCtxPopCurrent), ENTRY(cuModuleLoadData),
-    ENTRY(cuModuleGetFunction), ENTRY(cuFuncSetAttribute), ENTRY(cuLaunchKernelEx), ENTRY(cuGetErrorName),
-    ENTRY(cuGetErrorString),
+    ENTRY(cuModuleGetFunction), ENTRY(cuFuncLoad), ENTRY(cuFuncSetAttribute), ENTRY(cuLaunchKernelEx),
+    ENTRY(cuGetErrorName), ENTRY(cuGetErrorString),
 };
 
 /* How the bindings find all functions but this one; those that are missing here fail when they are called. */
