@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal
 
 import numpy.typing as npt
@@ -30,6 +31,17 @@ class Tensor:
     dtype: str
     dims: tuple[str | int, ...]
     optional: bool = False
+
+    def declared_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """`shape` with as many dims as are declared: the first ones of a tensor that has more are one.
+
+        [T, 1, H] and [T, H] are the same memory. Sizes of -1 are not known, nor is their product.
+        """
+        num_first = len(shape) - len(self.dims) + 1
+        if num_first <= 1:
+            return tuple(shape)
+        first = shape[:num_first]
+        return (-1 if -1 in first else prod(first), *shape[num_first:])
 
 
 @dataclass(frozen=True, slots=True)

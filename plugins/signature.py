@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from trtforge.errors import PluginError
 from trtforge.plugins.launch import Call
-from trtforge.plugins.op import AttributeValue, OpSpec
+from trtforge.plugins.op import AttributeValue, OpSpec, Tensor
 
 # ONNX's element types by numpy's names.
 ONNX_TYPES: Mapping[str, str] = {
@@ -39,23 +39,49 @@ class Signature:
             raise PluginError(f"{spec.name} takes the inputs {takes}, not {', '.join(input_names)}")
         self.spec = spec
         self._input_of_dtype: dict[str, int] = {}
-        origins: dict[str, Dim] = {}
+        self._origins: dict[str, tuple[int, int]] = {}  # of named dims: input, axis
         for position, tensor in enumerate(self.inputs):
             self._input_of_dtype.setdefault(tensor.dtype, position)
             for axis, dim in enumerate(tensor.dims):
                 if isinstance(dim, str):
-                    origins.setdefault(dim, (position, axis))
+                    self._origins.setdefault(dim, (position, axis))
         for output in spec.outputs:
-            unknown = [dim for dim in output.dims if isinstance(dim, str) and dim not in origins]
+            unknown = [dim for dim in output.dims if isinstance(dim, str) and dim not in self._origins]
             if unknown:
                 raise PluginError(f"{spec.name}: no input has the dims {unknown} of {output.name}")
             if output.dtype not in self._input_of_dtype and len(spec.dtypes[output.dtype]) != 1:
                 raise PluginError(f"{spec.name}: no input has the dtype {output.dtype} of {output.name}")
-        # Of every output.
-        self.output_dims: tuple[tuple[Dim, ...], ...] = tuple(
-            tuple(dim if isinstance(dim, int) else origins[dim] for dim in output.dims)
-            for output in spec.outputs
-        )
+
+    def output_dims(self, input_ranks: Sequence[int]) -> list[list[Dim]]:
+        """The dims of every output. Where several dims of an input are the first one that is declared, an
+        output that begins with it begins with all of them.
+
+        Raises PluginError for another number of inputs than the node has, and for inputs with too few dims.
+        """
+        self._check_number(len(input_ranks))
+        for tensor, rank in zip(self.inputs, input_ranks, strict=True):
+            if rank < len(tensor.dims):
+                raise PluginError(f"{self.spec.name}: {tensor.name} has {rank} dims, expected {tensor.dims}")
+        return [self._dims(output, input_ranks) for output in self.spec.outputs]
+
+    def _dims(self, output: Tensor, input_ranks: Sequence[int]) -> list[Dim]:
+        dims: list[Dim] = []
+        for index, dim in enumerate(output.dims):
+            if isinstance(dim, int):
+                dims.append(dim)
+                continue
+            position, axis = self._origins[dim]
+            extra = input_ranks[position] - len(self.inputs[position].dims)
+            if axis > 0:
+                dims.append((position, axis + extra))
+            elif index == 0:
+                dims += [(position, first) for first in range(extra + 1)]
+            elif extra == 0:
+                dims.append((position, 0))
+            else:
+                name = self.inputs[position].name
+                raise PluginError(f"{self.spec.name}: {name} has {extra} dims too many for {output.name}")
+        return dims
 
     def output_dtypes(self, input_dtypes: Sequence[str]) -> list[str]:
         """Raises PluginError for another number of inputs than the node has."""
@@ -95,10 +121,10 @@ class Signature:
     ) -> Call:
         """A call with these inputs; raises PluginError for shapes that contradict the declaration."""
         self._check_number(len(shapes))
-        names = [tensor.name for tensor in self.inputs]
-        shape_of = dict(zip(names, shapes, strict=True))
-        self.spec.check_shapes(*(shape_of.get(tensor.name) for tensor in self.spec.inputs))
-        return Call(shapes=shape_of, dtypes=dict(zip(names, dtypes, strict=True)), attributes=attributes)
+        given = zip(self.inputs, shapes, strict=True)
+        declared = {tensor.name: tensor.declared_shape(shape) for tensor, shape in given}
+        self.spec.check_shapes(*(declared.get(tensor.name) for tensor in self.spec.inputs))
+        return Call(declared, dict(zip(declared, dtypes, strict=True)), attributes)
 
     def _check_number(self, number: int) -> None:
         if number != len(self.inputs):

@@ -114,7 +114,7 @@ class Plugin:
             self._trt.DimsExprs(
                 [builder.constant(dim) if isinstance(dim, int) else inputs[dim[0]][dim[1]] for dim in dims]
             )
-            for dims in self._node.signature.output_dims
+            for dims in self._node.signature.output_dims([len(dims) for dims in inputs])
         ]
 
     @logged

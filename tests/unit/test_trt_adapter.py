@@ -246,6 +246,26 @@ def test_output_shapes_and_dtypes_follow_from_the_inputs(creator: Any) -> None:
         plugin.get_output_data_types([D.HALF, D.BOOL, D.HALF])
 
 
+def test_more_first_dims_than_declared_are_one_to_the_kernels(
+    creator: Any, launcher: RecordingLauncher, calls: list[Call]
+) -> None:
+    plugin = build(creator)
+    inputs = [["a", "b", "rows of table", "two", "width"], ["tokens", "one"], ["tokens"]]
+    assert plugin.get_output_shapes(inputs, [], Builder()) == [
+        ["tokens", "one", "width", "constant 2"],
+        ["a", "b", "rows of table", "constant 2", "width"],
+        ["tokens", "one"],
+    ]
+    plugin.on_shape_change([desc(D.BF16, 5, 20, 2, 8), desc(D.INT32, 4, 1), desc(D.BF16, 4)], [])
+    assert calls[-1].shapes == {"table": (100, 2, 8), "rows": (4,), "scales": (4,)}
+    with pytest.raises(PluginError, match="expected num_tokens = 8"):
+        plugin.on_shape_change([desc(D.BF16, 5, 20, 2, 8), desc(D.INT32, 4, 2), desc(D.BF16, 4)], [])
+    with pytest.raises(PluginError, match="table has 2 dims, expected"):
+        plugin.get_output_shapes([["two", "width"], *inputs[1:]], [], Builder())
+    with pytest.raises(PluginError, match="expected dims"):
+        plugin.on_shape_change([desc(D.BF16, 2, 8), desc(D.INT32, 4), desc(D.BF16, 4)], [])
+
+
 def accepted_prefixes(plugin: Any, tensors: list[Any]) -> Iterator[bool]:
     undecided = desc(D.BOOL, 1, format_=trt.TensorFormat.HWC)
     for position in range(len(tensors)):
