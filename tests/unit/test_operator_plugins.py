@@ -15,6 +15,7 @@ from trtforge.plugins.operators import OPERATORS
 from trtforge.plugins.signature import Signature
 
 Shape = tuple[str | int, ...]
+TOKENS = "num_tokens"
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,14 @@ class Node:
 
 def attention(cache: str, heads: int, kv_heads: int, window: int = 0) -> Node:
     shapes: dict[str, Shape] = {
-        "q": ("num_tokens", heads, 128),
-        "k": ("num_tokens", kv_heads, 128),
-        "v": ("num_tokens", kv_heads, 128),
+        "q": (TOKENS, heads, 128),
+        "k": (TOKENS, kv_heads, 128),
+        "v": (TOKENS, kv_heads, 128),
         "kv_cache": ("num_blocks", 2, 32, kv_heads, 128),
         "block_tables": ("num_seqs", "max_blocks"),
         "cu_seqlens": ("num_seqs + 1",),
         "context_lens": ("num_seqs",),
-        "slot_mapping": ("num_tokens",),
+        "slot_mapping": (TOKENS,),
     }
     dtypes = dict.fromkeys(shapes, "int32") | dict.fromkeys("qkv", "bfloat16") | {"kv_cache": cache}
     if cache != "bfloat16":
@@ -55,7 +56,7 @@ def attention(cache: str, heads: int, kv_heads: int, window: int = 0) -> Node:
 
 def int4(out_features: int, in_features: int, *, perm: bool) -> Node:
     shapes: dict[str, Shape] = {
-        "x": ("num_tokens", in_features),
+        "x": (TOKENS, in_features),
         "weight": (out_features // 64, in_features // 128, 64, 16),
         "scales": (in_features // 128, out_features, 2),
     }
@@ -65,12 +66,16 @@ def int4(out_features: int, in_features: int, *, perm: bool) -> Node:
 
 def fp8(out_features: int, in_features: int, activation: str) -> Node:
     shapes: dict[str, Shape] = {
-        "x": ("num_tokens", in_features),
+        "x": (TOKENS, in_features),
         "weight": (out_features, in_features),
         "scale": (out_features, 1),
     }
     dtypes = {"x": "bfloat16", "weight": "float8_e4m3fn", "scale": "float32"}
     return Node("Fp8Gemm", shapes, dtypes, {"scales": "channel", "activation": activation})
+
+
+def bfloat16(operator: str, attributes: Mapping[str, AttributeValue], **shapes: Shape) -> Node:
+    return Node(operator, shapes, dict.fromkeys(shapes, "bfloat16"), attributes)
 
 
 NODES = {
@@ -82,14 +87,24 @@ NODES = {
     "int4-long": int4(1024, 14336, perm=False),
     "fp8": fp8(4096, 4096, "none"),
     "fp8-dynamic": fp8(1024, 14336, "dynamic"),
+    "norm": bfloat16("AddRmsNorm", {"eps": 1e-5}, x=(TOKENS, 4096), residual=(TOKENS, 4096), weight=(4096,)),
+    "gate": bfloat16("SiluMul", {"activation": "silu"}, gate_up=(TOKENS, 2, 14336)),
+    "rope": bfloat16(
+        "Rope",
+        {"interleaved": 0, "rotary_dim": 0},
+        q=(TOKENS, 32, 128),
+        k=(TOKENS, 8, 128),
+        cos=(TOKENS, 64),
+        sin=(TOKENS, 64),
+    ),
 }
-LARGEST = {"num_tokens": 8192, "num_seqs": 256, "max_blocks": 4096, "num_blocks": 10_000}
+LARGEST = {TOKENS: 8192, "num_seqs": 256, "max_blocks": 4096, "num_blocks": 10_000}
 
 
 def sizes_up_to(rng: random.Random, largest: Mapping[str, int]) -> dict[str, int]:
     """Small ones as often as large ones, and every sequence has room for a token."""
     sizes = {name: round(size ** rng.random()) for name, size in largest.items() if name != "num_seqs + 1"}
-    sizes["num_seqs"] = min(sizes["num_seqs"], sizes["num_tokens"])
+    sizes["num_seqs"] = min(sizes["num_seqs"], sizes[TOKENS])
     return sizes | {"num_seqs + 1": sizes["num_seqs"] + 1}
 
 
@@ -107,6 +122,11 @@ def node(request: pytest.FixtureRequest) -> Node:
     if operator is None or operator.kernels is None:
         pytest.skip(f"{node.operator} has no kernels yet")
     return node
+
+
+def test_every_operator_with_kernels_is_searched() -> None:
+    with_kernels = {name for name, operator in OPERATORS.items() if operator.kernels is not None}
+    assert with_kernels <= {node.operator for node in NODES.values()}
 
 
 @pytest.mark.parametrize("gpu", [Gpu(80, 108), Gpu(89, 58), Gpu(90, 132), Gpu(120, 188)], ids=str)
