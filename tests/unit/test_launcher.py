@@ -27,7 +27,7 @@ NULL = "00" * 8
 
 
 SCALE = Kernel(
-    operator="fake_cuda.demo",
+    operator="fake_cuda.rows",
     function="scale_rows",
     parameters=(
         ("x", "*bf16"),
@@ -41,7 +41,7 @@ SCALE = Kernel(
     num_stages=2,
 )
 SUM = Kernel(
-    operator="fake_cuda.demo",
+    operator="fake_cuda.rows",
     function="sum_rows",
     parameters=(("partial", "*fp32"), ("stride", "i64"), ("mask", "*i8"), ("y", "*bf16"), ("count", "u32")),
     constants=(),
@@ -85,7 +85,7 @@ def write_bundle(folder: Path, cubins: dict[Kernel, str], **changes: Any) -> Non
             "num_ctas": 1,
             "threads": 32 * kernel.num_warps,
             "shared_bytes": 1024,
-            "source_sha256": hashlib.sha256((FOLDER / "demo" / "kernel.py").read_bytes()).hexdigest(),
+            "source_sha256": hashlib.sha256((FOLDER / "rows" / "kernel.py").read_bytes()).hexdigest(),
             "sha256": hashlib.sha256(cubin).hexdigest(),
             "num_bytes": len(cubin),
         }
@@ -226,7 +226,7 @@ def test_what_kernels_do_not_take_is_refused(run) -> None:
 
 
 def test_a_parameter_type_that_cannot_be_passed_is_refused(run) -> None:
-    kernel = Kernel("fake_cuda.demo", "odd", (("x", "fp16"),), (), 4, 1)
+    kernel = Kernel("fake_cuda.rows", "odd", (("x", "fp16"),), (), 4, 1)
     outcome = run(launch(Launch(kernel, (1, 1, 1), {"x": 1.0})), cubins={kernel: "2 8 8"})
     assert "parameter of type fp16" in outcome.errors[0]
 
