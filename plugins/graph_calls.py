@@ -50,7 +50,7 @@ def _call(spec: OpSpec, node: ir.Node, sizes: Mapping[str, int]) -> Call:
             continue
         if value.shape is None or value.dtype is None:
             raise PluginError(f"{node.name}: the graph does not tell shape and dtype of {tensor.name}")
-        shapes[tensor.name] = tuple(_size(dim, sizes) for dim in value.shape)
+        shapes[tensor.name] = tensor.declared_shape([_size(dim, sizes) for dim in value.shape])
         dtypes[tensor.name] = value.dtype.numpy().name
     names = {attribute.name for attribute in spec.attributes}
     given = {name: attribute.value for name, attribute in node.attributes.items() if name in names}

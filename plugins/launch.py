@@ -7,7 +7,7 @@ the Triton language's interpreter, launched through the driver, and handed to Te
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -15,6 +15,8 @@ from trtforge.errors import PluginError
 from trtforge.plugins.op import AttributeValue
 
 Constant: TypeAlias = int | float | bool | str
+
+WORKSPACE_ALIGNMENT = 256  # bytes, of every workspace within their one allocation
 
 # What the Triton language calls the element types of tensors.
 TRITON_TYPES: Mapping[str, str] = {
@@ -97,3 +99,24 @@ class Plan:
 
     launches: tuple[Launch, ...]
     workspace: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """How an operator runs on a GPU."""
+
+    # The launches of a call whose shapes are all known. Raises PluginError for what the kernels cannot do.
+    # A larger call needs no less workspace than a smaller one, which also runs in it.
+    plan: Callable[[Call, Gpu], Plan]
+    # Every kernel that `plan` may choose for calls like this one on this compute capability.
+    choices: Callable[[Call, int], tuple[Kernel, ...]]
+
+
+def workspace_layout(plan: Plan) -> tuple[dict[str, int], int]:
+    """Where each workspace of `plan` begins in their one allocation, and its size; both in bytes."""
+    offsets: dict[str, int] = {}
+    size = 0
+    for name, num_bytes in plan.workspace.items():
+        offsets[name] = size
+        size += -(-num_bytes // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
+    return offsets, size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal
 
 import numpy.typing as npt
@@ -30,6 +31,17 @@ class Tensor:
     dtype: str
     dims: tuple[str | int, ...]
     optional: bool = False
+
+    def declared_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """`shape` with as many dims as are declared: the first ones of a tensor that has more are one.
+
+        [T, 1, H] and [T, H] are the same memory. Sizes of -1 are not known, nor is their product.
+        """
+        num_first = len(shape) - len(self.dims) + 1
+        if num_first <= 1:
+            return tuple(shape)
+        first = shape[:num_first]
+        return (-1 if -1 in first else prod(first), *shape[num_first:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,24 +116,28 @@ class OpSpec:
 
     def check_inputs(self, *arrays: Array | None) -> dict[str, int]:
         """Sizes of the named dims; raises PluginError where `arrays` contradict the declaration."""
-        if len(arrays) > len(self.inputs):
-            raise PluginError(f"{self.name} takes {len(self.inputs)} inputs, not {len(arrays)}")
+        return self.check_shapes(*(None if array is None else array.shape for array in arrays))
+
+    def check_shapes(self, *shapes: tuple[int, ...] | None) -> dict[str, int]:
+        """`check_inputs` of arrays that have these shapes; None is an input that is left out."""
+        if len(shapes) > len(self.inputs):
+            raise PluginError(f"{self.name} takes {len(self.inputs)} inputs, not {len(shapes)}")
         sizes: dict[str, int] = {}
-        given = [*arrays, *[None] * (len(self.inputs) - len(arrays))]
-        for tensor, array in zip(self.inputs, given, strict=True):
-            if array is None:
+        given = [*shapes, *[None] * (len(self.inputs) - len(shapes))]
+        for tensor, shape in zip(self.inputs, given, strict=True):
+            if shape is None:
                 if not tensor.optional:
                     raise PluginError(f"{self.name} needs the input {tensor.name}")
                 continue
-            if array.ndim != len(tensor.dims):
+            if len(shape) != len(tensor.dims):
                 raise PluginError(
-                    f"{self.name}: {tensor.name} has shape {array.shape}, expected dims {tensor.dims}"
+                    f"{self.name}: {tensor.name} has shape {shape}, expected dims {tensor.dims}"
                 )
-            for dim, size in zip(tensor.dims, array.shape, strict=True):
+            for dim, size in zip(tensor.dims, shape, strict=True):
                 expected = dim if isinstance(dim, int) else sizes.setdefault(dim, size)
                 if size != expected:
                     raise PluginError(
-                        f"{self.name}: {tensor.name} has shape {array.shape}, expected {dim} = {expected}"
+                        f"{self.name}: {tensor.name} has shape {shape}, expected {dim} = {expected}"
                     )
         return sizes
 

@@ -7,18 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trtforge.plugins.body import WriteBody
-from trtforge.plugins.launch import Call, Gpu, Kernel, Plan
+from trtforge.plugins.launch import Kernels
 from trtforge.plugins.op import OpSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Kernels:
-    """How an operator runs on a GPU."""
-
-    # The launches of a call whose shapes are all known. Raises PluginError for what the kernels cannot do.
-    plan: Callable[[Call, Gpu], Plan]
-    # Every kernel that `plan` may choose for calls like this one on this compute capability.
-    choices: Callable[[Call, int], tuple[Kernel, ...]]
 
 
 @dataclass(frozen=True, slots=True)

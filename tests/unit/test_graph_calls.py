@@ -38,6 +38,8 @@ def test_calls_of_a_llama(export_tiny_llama: Callable[[DType], tuple[Path, Manif
             attributes={"scale": 0.25, "window": 0, "softcap": 0.0},
         )
     ]
+    # The graph has [T, 1, 64] for the declared [T, 64].
+    assert {call.shapes["x"] for name, call in calls if name == "Linear"} == {(-1, 64), (-1, 96)}
     weights = {call.shapes["weight"] for name, call in calls if name == "Linear"}
     assert weights == {(64, 64), (32, 64), (96, 64), (64, 96), (128, 64)}
 

@@ -1,0 +1,1 @@
+"""What the bundles of these tests name as the source of their kernels."""
