@@ -8,13 +8,14 @@ from trtforge.plugins.int4_gemm import function as int4_gemm
 from trtforge.plugins.int4_gemm import launch as int4_gemm_launch
 from trtforge.plugins.int4_gemm.op import INT4_GEMM
 from trtforge.plugins.int4_gemm.reference import int4_gemm as int4_gemm_reference
+from trtforge.plugins.launch import Kernels
 from trtforge.plugins.linear import function as linear
 from trtforge.plugins.linear.op import LINEAR
 from trtforge.plugins.linear.reference import linear as linear_reference
 from trtforge.plugins.moe_experts import function as moe_experts
 from trtforge.plugins.moe_experts.op import MOE_EXPERTS
 from trtforge.plugins.moe_experts.reference import moe_experts as moe_experts_reference
-from trtforge.plugins.operator import Kernels, Operator
+from trtforge.plugins.operator import Operator
 from trtforge.plugins.paged_attention import function as paged_attention
 from trtforge.plugins.paged_attention.op import PAGED_ATTENTION
 from trtforge.plugins.paged_attention.reference import paged_attention as paged_attention_reference

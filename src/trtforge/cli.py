@@ -80,14 +80,6 @@ def compile_kernels(context: typer.Context) -> None:
     _only(command)(args=context.args, prog_name="trtforge compile-kernels")
 
 
-@app.command(**_DEFERRED)
-def compile_kernels(context: typer.Context) -> None:
-    """Compile the kernels that a built model's operators need on NVIDIA GPUs."""
-    from trtforge.builder.kernels_command import compile_kernels as command
-
-    _alone(command)(args=context.args, prog_name="trtforge compile-kernels")
-
-
 app.command()(serve)
 app.command()(health)
 app.command()(ask)
