@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from trtforge.plugins.fp8_gemm import function as fp8_gemm
+from trtforge.plugins.fp8_gemm import launch as fp8_gemm_launch
+from trtforge.plugins.fp8_gemm.op import FP8_GEMM
+from trtforge.plugins.fp8_gemm.reference import fp8_gemm as fp8_gemm_reference
 from trtforge.plugins.int4_gemm import function as int4_gemm
 from trtforge.plugins.int4_gemm import launch as int4_gemm_launch
 from trtforge.plugins.int4_gemm.op import INT4_GEMM
@@ -22,6 +26,12 @@ from trtforge.plugins.paged_attention.reference import paged_attention as paged_
 OPERATORS: Mapping[str, Operator] = {
     operator.spec.name: operator
     for operator in (
+        Operator(
+            FP8_GEMM,
+            fp8_gemm_reference,
+            fp8_gemm.write_body,
+            Kernels(fp8_gemm_launch.plan, fp8_gemm_launch.choices),
+        ),
         Operator(
             INT4_GEMM,
             int4_gemm_reference,
