@@ -45,13 +45,11 @@ def _round_activation(op: Body, inputs: Inputs, attributes: Attributes) -> ir.Va
     if attributes["scales"] != "block":
         return _round_rows(op, x)
     # [T, blocks, 128], with zeros where the last block has no inputs.
-    in_features = op("Shape", x, start=-1)
+    in_features = op("Shape", x, start=1, end=2)
     missing = op("Mod", op("Neg", in_features), [SCALE_BLOCK])
-    rows = op("Reshape", x, op("Concat", [-1], in_features, axis=0))
-    padded = op("Pad", rows, op("Concat", [0, 0, 0], missing, axis=0))
+    padded = op("Pad", x, op("Concat", [0, 0, 0], missing, axis=0))
     rounded = _round_rows(op, op("Reshape", padded, [0, -1, SCALE_BLOCK]))
-    rows = op("Slice", op("Reshape", rounded, [0, -1]), [0], in_features, [1])
-    return op("Reshape", rows, op("Shape", x))
+    return op("Slice", op("Reshape", rounded, [0, -1]), [0], in_features, [1])
 
 
 def _round_rows(op: Body, x: ir.Value) -> ir.Value:

@@ -7,8 +7,10 @@ no rows to waste. K = in_features is a multiple of 16, which `K // 16 * 16` tell
 import triton
 import triton.language as tl
 
-SCALE_BLOCK = tl.constexpr(128)  # rows and columns of the weight that share a scale, and inputs of a token
-E4M3_MAX = tl.constexpr(448.0)
+from trtforge.plugins.fp8_gemm import op
+
+SCALE_BLOCK = tl.constexpr(op.SCALE_BLOCK)
+E4M3_MAX = tl.constexpr(op.E4M3_MAX)
 
 
 @triton.jit
@@ -123,9 +125,7 @@ def gemm(
         tokens = tl.load(x_tile + step * BLOCK_K, mask=(k < K - step * BLOCK_K)[:, None], other=0.0)
         w_inside = w < K // PER_WORD - step * WORDS
         weights = tl.load(w_tile + step * WORDS, mask=w_inside[None, :], other=0.0)
-        if not FP8:
-            weights = _dequantize(weights, x.dtype.element_ty, BLOCK_N, BLOCK_K)
-        product = tl.dot(weights, tokens)
+        product = tl.dot(_operand(weights, FP8, x.dtype.element_ty, BLOCK_N, BLOCK_K), tokens)
         if SCALES == "block":
             block = step * BLOCK_K // SCALE_BLOCK
             factor = tl.load(scale_row + block)
@@ -152,29 +152,34 @@ def gemm(
 def _input_order(FP8: tl.constexpr, BLOCK_K: tl.constexpr):
     """Which input is at which place of a step. Words of four weights become two tiles side by side, so that
     no weight leaves its thread: first the inputs 0, 1 of every four, then 2, 3."""
-    place = tl.arange(0, BLOCK_K)
-    if FP8:
-        return place
-    half = BLOCK_K // 2
-    order = place % half // 2 * 4 + place % 2 + place // half * 2
-    return tl.max_contiguous(tl.multiple_of(order, 2), 2)
+    order = tl.arange(0, BLOCK_K)
+    if not FP8:
+        half = BLOCK_K // 2
+        order = order % half // 2 * 4 + order % 2 + order // half * 2
+        order = tl.max_contiguous(tl.multiple_of(order, 2), 2)
+    return order
 
 
 @triton.jit
-def _dequantize(words, dtype: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """int32 [BLOCK_N, BLOCK_K / 4] of four e4m3 each -> dtype [BLOCK_N, BLOCK_K] in the order of
-    `_input_order`. The bits of e4m3 stand for the same number in a wider type, times a power of two."""
-    SIGN: tl.constexpr = -0x7FFF8000  # 0x80008000
-    if dtype == tl.bfloat16:
-        even = ((words << 8) & SIGN) | ((words << 4) & 0x07F007F0)
-        odd = (words & SIGN) | ((words >> 4) & 0x07F007F0)
+def _operand(words, FP8: tl.constexpr, dtype: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Weights as tensor cores take them, [BLOCK_N, BLOCK_K] in the order of `_input_order`: e4m3 as it is,
+    or of int32 words of four e4m3 numbers of `dtype`. The bits of e4m3, moved, are those of the same number
+    times a power of two."""
+    if FP8:
+        operand = words
     else:
-        even = ((words << 8) & SIGN) | ((words << 7) & 0x3F803F80)
-        odd = (words & SIGN) | ((words >> 1) & 0x3F803F80)
-    low = tl.join(_low(even, dtype), _low(odd, dtype)).reshape(BLOCK_N, BLOCK_K // 2)
-    high = tl.join(_low(even >> 16, dtype), _low(odd >> 16, dtype)).reshape(BLOCK_N, BLOCK_K // 2)
-    weights = tl.join(low, high).permute(0, 2, 1).reshape(BLOCK_N, BLOCK_K)
-    return weights * (2.0**120 if dtype == tl.bfloat16 else 2.0**8)
+        SIGN: tl.constexpr = -0x7FFF8000  # 0x80008000
+        if dtype == tl.bfloat16:
+            even = ((words << 8) & SIGN) | ((words << 4) & 0x07F007F0)
+            odd = (words & SIGN) | ((words >> 4) & 0x07F007F0)
+        else:
+            even = ((words << 8) & SIGN) | ((words << 7) & 0x3F803F80)
+            odd = (words & SIGN) | ((words >> 1) & 0x3F803F80)
+        low = tl.join(_low(even, dtype), _low(odd, dtype)).reshape(BLOCK_N, BLOCK_K // 2)
+        high = tl.join(_low(even >> 16, dtype), _low(odd >> 16, dtype)).reshape(BLOCK_N, BLOCK_K // 2)
+        operand = tl.join(low, high).permute(0, 2, 1).reshape(BLOCK_N, BLOCK_K)
+        operand *= 2.0**120 if dtype == tl.bfloat16 else 2.0**8
+    return operand
 
 
 @triton.jit

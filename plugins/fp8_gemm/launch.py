@@ -7,7 +7,6 @@ and no number of splits has been measured on a GPU.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 from trtforge.errors import PluginError
 from trtforge.plugins.fp8_gemm.op import SCALE_BLOCK, check_activation, scale_shape
@@ -116,7 +115,7 @@ def choices(call: Call, arch: int) -> tuple[Kernel, ...]:
 
 def _sizes(call: Call) -> tuple[int, int, int]:
     """Tokens, out_features and in_features."""
-    in_features = call.shapes["x"][-1]
+    num_tokens, in_features = call.shapes["x"]
     out_features = call.shapes["weight"][0]
     if call.dtypes["x"] not in ("float16", "bfloat16") or call.dtypes["weight"] != "float8_e4m3fn":
         raise PluginError(
@@ -131,7 +130,7 @@ def _sizes(call: Call) -> tuple[int, int, int]:
     if call.shapes["scale"] != expected:
         raise PluginError(f"Fp8Gemm: scale has shape {call.shapes['scale']}, expected {expected}")
     check_activation(call.attributes["activation"], "x_scale" in call.shapes)
-    return prod(call.shapes["x"][:-1]), out_features, in_features
+    return num_tokens, out_features, in_features
 
 
 def _multiplies_fp8(call: Call, arch: int) -> bool:
@@ -208,7 +207,7 @@ def _add_splits(call: Call) -> Kernel:
 
 
 def _quantize(call: Call, arch: int) -> Launch:
-    num_tokens, in_features = prod(call.shapes["x"][:-1]), call.shapes["x"][-1]
+    num_tokens, in_features = call.shapes["x"]
     values = "*fp8e4nv" if _multiplies_fp8(call, arch) else _type(call)
     dynamic = call.attributes["activation"] == "dynamic"
     parameters = {"values": values, "scales": "*fp32", "x": _type(call)}

@@ -17,7 +17,7 @@ FP8_GEMM = OpSpec(
         "y = x @ (weight * scale)^T + bias. scale is [1, 1], [out_features, 1] or [ceil(out_features / 128), "
         "ceil(in_features / 128)], as `scales` says. With `activation` x is first rounded to e4m3 times a "
         "scale: the given x_scale, or what makes the largest magnitude of a token (with scales of blocks: of "
-        "128 inputs of a token) 448. x may have any rank from 1."
+        "128 inputs of a token) 448."
     ),
     inputs=(
         Tensor("x", "T", ("num_tokens", "in_features")),
