@@ -65,7 +65,7 @@ def plan(call: Call, gpu: Gpu) -> Plan:
             workspace["scales"] = 4 * num_tokens * _scales_of_a_token(call)
     steps = -(-in_features // tile.step)
     programs = -(-num_tokens // tile.tokens) * -(-out_features // tile.outputs)
-    wanted = tile.programs_per_sm * gpu.num_sms // programs
+    wanted = tile.programs_per_sm * gpu.num_sms // max(1, programs)
     steps_per_split = -(-steps // max(1, min(MAX_SPLITS, wanted, steps // _MIN_STEPS)))
     splits = -(-steps // steps_per_split)
     bias = "bias" if "bias" in call.shapes else None
