@@ -1,0 +1,1 @@
+"""A projection whose weight is stored as 8-bit floats."""

@@ -1,0 +1,1 @@
+"""The residual of a layer is added and the sum normalized."""
