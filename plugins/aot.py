@@ -88,19 +88,11 @@ def write_bundle(
     each.
 
     Raises PluginError for a kernel that does not compile, or not to what its launches assume, and ConfigError
-    if Triton is not installed or `folder` is something else than a bundle.
+    if Triton is not installed or `folder` cannot be made or is something else than a bundle.
     """
     folder = folder.expanduser().resolve()
-    if (
-        folder.exists()
-        and not (folder / MANIFEST_FILE).is_file()
-        and (folder.is_file() or any(folder.iterdir()))
-    ):
-        raise ConfigError(f"{folder} is there and is no bundle of kernels: give another --output")
+    staged = _stage(folder)
     wanted = sorted({(arch, kernel.name): kernel for arch in kernels for kernel in kernels[arch]}.items())
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside it, so that a rename makes it appear at once.
-    staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         compiled = _compile_all([(kernel, arch) for (arch, _), kernel in wanted], num_processes, on_compiled)
         for result in compiled:
@@ -122,19 +114,33 @@ def write_bundle(
     return Bundle(folder, manifest)
 
 
+def _stage(folder: Path) -> Path:
+    """A new folder beside `folder`, so that a rename makes that appear at once."""
+    is_bundle = (folder / MANIFEST_FILE).is_file()
+    if folder.exists() and not is_bundle and (folder.is_file() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is there and is no bundle of kernels: give another --output")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise ConfigError(f"--output {folder} cannot be made: {error}") from error
+
+
 def _compile_all(
     jobs: Sequence[tuple[Kernel, int]], num_processes: int, on_compiled: Callable[[Compiled], None]
 ) -> list[Compiled]:
     results = []
     with compiler(max(1, min(num_processes, len(jobs)))) as pool:
-        futures = [pool.submit(compile_kernel, kernel, arch) for kernel, arch in jobs]
+        futures = {pool.submit(compile_kernel, kernel, arch): (kernel, arch) for kernel, arch in jobs}
         for future in as_completed(futures):
             try:
                 results.append(future.result())
             except BrokenProcessPool as error:
+                done = {(result.entry.name, result.entry.arch) for result in results}
+                running = [_what(*job) for job in futures.values() if (job[0].name, job[1]) not in done]
                 raise PluginError(
-                    "a process that compiled kernels has ended: the compiler crashed or had too little "
-                    "memory; try --jobs 1 to see which kernel it was"
+                    "the compiler crashed or had too little memory while it compiled one of: "
+                    f"{'; '.join(running[:num_processes])}"
                 ) from error
             on_compiled(results[-1])
     return results

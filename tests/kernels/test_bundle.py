@@ -221,6 +221,23 @@ def test_a_failure_leaves_what_was_there(folder: Path) -> None:
     assert list(folder.parent.iterdir()) == [folder]
 
 
+def test_a_compiler_that_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "crashing" / "operator"
+    package.mkdir(parents=True)
+    (package / "kernel.py").write_text("import os\nos.abort()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    kernel = replace(SMALL_KERNEL, operator="crashing.operator", function="multiply")
+    with pytest.raises(PluginError, match=r"compiled one of: crashing\.operator\.kernel\.multiply for sm_90"):
+        write_bundle({90: [kernel]}, tmp_path / "kernels", num_processes=1)
+
+
+def test_a_place_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "kernels"):
+        with pytest.raises(ConfigError, match=f"{folder} (is there and is no bundle|cannot be made)"):
+            write_bundle({80: [SMALL_KERNEL]}, folder, num_processes=1)
+
+
 def test_kernels_are_replaced_and_nothing_else_is(folder: Path, tmp_path: Path) -> None:
     write_bundle({80: [SMALL_KERNEL]}, folder, num_processes=1)
     assert len(Bundle.load(folder).manifest.cubins) == len(list(folder.rglob("*.cubin"))) == 1
