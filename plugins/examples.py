@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from trtforge.plugins.int4_gemm.op import INT4_GEMM, packed_shape
 from trtforge.plugins.launch import Call
+from trtforge.plugins.op import OpSpec
+from trtforge.plugins.paged_attention.op import PAGED_ATTENTION
+
+_GROUP_SIZE = 128  # input features that share a scale of a 4-bit weight
 
 
-def _attention(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, cache: str) -> Call:
-    shapes = {
+def _attention(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int) -> Call:
+    shapes: dict[str, tuple[int, ...]] = {
         "q": (-1, num_heads, head_dim),
         "k": (-1, num_kv_heads, head_dim),
         "v": (-1, num_kv_heads, head_dim),
@@ -18,13 +23,35 @@ def _attention(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int
         "context_lens": (-1,),
         "slot_mapping": (-1,),
     }
-    dtypes = dict.fromkeys(("q", "k", "v"), "bfloat16") | {"kv_cache": cache}
-    dtypes |= dict.fromkeys(("block_tables", "cu_seqlens", "context_lens", "slot_mapping"), "int32")
+    dtypes = dict.fromkeys(shapes, "int32") | dict.fromkeys(("q", "k", "v", "kv_cache"), "bfloat16")
     return Call(shapes, dtypes, {"scale": head_dim**-0.5, "window": 0, "softcap": 0.0})
 
 
-# Name -> the different calls of its graph, with their operators' names. Weights and queries are bfloat16.
+def _int4(out_features: int, in_features: int) -> Call:
+    return Call(
+        shapes={
+            "x": (-1, in_features),
+            "weight": packed_shape(out_features, in_features),
+            "scales": (in_features // _GROUP_SIZE, out_features, 2),
+        },
+        dtypes={"x": "bfloat16", "weight": "int32", "scales": "bfloat16"},
+        attributes={},
+    )
+
+
+def _llama_8b() -> tuple[tuple[OpSpec, Call], ...]:
+    """32 heads and 8 KV heads of 128, hidden size 4096, MLP 14336; blocks of 32 tokens.
+
+    With weights of 16 and of 4 bits.
+    """
+    weights = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
+    return (
+        (PAGED_ATTENTION, _attention(32, 8, 128, block_size=32)),
+        *((INT4_GEMM, _int4(*weight)) for weight in weights),
+    )
+
+
+# Name -> the different calls of its graphs, with their operators' names. Activations are bfloat16.
 EXAMPLES: Mapping[str, tuple[tuple[str, Call], ...]] = {
-    # Llama 3.1 8B: 32 heads and 8 KV heads of 128, hidden size 4096, MLP 14336.
-    "llama-8b": (("PagedAttention", _attention(32, 8, 128, block_size=32, cache="bfloat16")),),
+    "llama-8b": tuple((spec.name, call) for spec, call in _llama_8b()),
 }
