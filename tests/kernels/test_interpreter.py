@@ -248,10 +248,12 @@ def _with_arguments(plan: Plan, **arguments: str | int) -> Plan:
     return replace(plan, launches=(replace(launch, arguments={**launch.arguments, **arguments}),))
 
 
-def test_a_kernel_that_leaves_its_memory_is_found(interpret: Callable) -> None:
+@pytest.mark.parametrize("beyond", [1, 96])
+def test_a_kernel_that_leaves_its_memory_is_found(interpret: Callable, beyond: int) -> None:
     inputs = {"total": normal(4, 8), "x": normal(4, 8)}
-    broken = _with_plan(lambda plan: _with_arguments(plan, num_elements=33))
-    with pytest.raises(InterpreterError, match=r"1 of 33 addresses are outside of all buffers.*has 64 bytes"):
+    broken = _with_plan(lambda plan: _with_arguments(plan, num_elements=32 + beyond))
+    message = rf"{beyond} of {32 + beyond} addresses are outside of all buffers; .* has 64 bytes"
+    with pytest.raises(InterpreterError, match=message):
         interpret(broken, inputs, {})
 
 

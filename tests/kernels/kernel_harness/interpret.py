@@ -18,6 +18,8 @@ from trtforge.plugins.operator import Operator
 H100 = Gpu(arch=90, num_sms=132)
 # Every byte of memory that a kernel has not written yet: NaN as a float, -1 as an integer.
 POISON = 0xFF
+# Bytes before and behind every buffer that belong to none, so that what is next to it is not another one.
+GUARD_BYTES = 4096
 
 _TORCH_TYPES = {
     "*fp32": torch.float32,
@@ -67,13 +69,9 @@ def interpret(
     outputs = {tensor.name: _output(spec, tensor.name, inputs) for tensor in spec.outputs}
     for name, (shape, dtype) in outputs.items():
         source = spec.aliases.get(name)
-        buffers[name] = (
-            torch.full((int(np.prod(shape)) * dtype.itemsize,), POISON, dtype=torch.uint8)
-            if source is None
-            else buffers[source]
-        )
+        buffers[name] = _allocate(int(np.prod(shape)) * dtype.itemsize) if source is None else buffers[source]
     for name, num_bytes in plan.workspace.items():
-        buffers[name] = torch.full((num_bytes,), POISON, dtype=torch.uint8)
+        buffers[name] = _allocate(num_bytes)
     with memory.only(buffers):
         for launch in plan.launches:
             run(launch, buffers)
@@ -98,9 +96,14 @@ def run(launch: Launch, buffers: Mapping[str, torch.Tensor]) -> None:
 
 def _buffer(array: Array) -> torch.Tensor:
     # As bytes: torch takes neither bf16 nor e4m3 from numpy.
-    buffer = torch.empty(array.nbytes, dtype=torch.uint8)
+    buffer = _allocate(array.nbytes)
     buffer.numpy()[:] = np.frombuffer(array.tobytes(), np.uint8)
     return buffer
+
+
+def _allocate(num_bytes: int) -> torch.Tensor:
+    guarded = torch.full((num_bytes + 2 * GUARD_BYTES,), POISON, dtype=torch.uint8)
+    return guarded[GUARD_BYTES : GUARD_BYTES + num_bytes]
 
 
 def _output(spec: OpSpec, name: str, inputs: Mapping[str, Array]) -> tuple[tuple[int, ...], np.dtype[Any]]:
