@@ -14,8 +14,7 @@ import triton.language as tl
 from kernel_harness.scaled_add.op import OPERATOR, scaled_add
 from triton.runtime.errors import InterpreterError
 
-from trtforge.plugins.launch import Call, Gpu, Plan
-from trtforge.plugins.operator import Kernels
+from trtforge.plugins.launch import Call, Gpu, Kernels, Plan
 
 BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 TORCH_TYPES = {

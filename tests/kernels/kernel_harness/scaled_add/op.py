@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from kernel_harness.scaled_add.launch import choices, plan
+from trtforge.plugins.launch import Kernels
 from trtforge.plugins.op import FLOATS, Array, Attribute, OpSpec, Tensor
-from trtforge.plugins.operator import Kernels, Operator
+from trtforge.plugins.operator import Operator
 
 SCALED_ADD = OpSpec(
     name="ScaledAdd",
