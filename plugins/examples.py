@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from trtforge.plugins.fp8_gemm.op import FP8_GEMM, scale_shape
 from trtforge.plugins.int4_gemm.op import INT4_GEMM, packed_shape
 from trtforge.plugins.launch import Call
 from trtforge.plugins.op import OpSpec
@@ -39,15 +40,28 @@ def _int4(out_features: int, in_features: int) -> Call:
     )
 
 
+def _fp8(out_features: int, in_features: int, activation: str) -> Call:
+    return Call(
+        shapes={
+            "x": (-1, in_features),
+            "weight": (out_features, in_features),
+            "scale": scale_shape("channel", out_features, in_features),
+        },
+        dtypes={"x": "bfloat16", "weight": "float8_e4m3fn", "scale": "float32"},
+        attributes={"scales": "channel", "activation": activation},
+    )
+
+
 def _llama_8b() -> tuple[tuple[OpSpec, Call], ...]:
     """32 heads and 8 KV heads of 128, hidden size 4096, MLP 14336; blocks of 32 tokens.
 
-    With weights of 16 and of 4 bits.
+    With weights of 4 and of 8 bits, the latter also with activations of 8 bits.
     """
     weights = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
     return (
         (PAGED_ATTENTION, _attention(32, 8, 128, block_size=32)),
         *((INT4_GEMM, _int4(*weight)) for weight in weights),
+        *((FP8_GEMM, _fp8(*weight, activation)) for weight in weights for activation in ("none", "dynamic")),
     )
 
 
