@@ -45,6 +45,7 @@ def add_function_bodies(model: Model) -> Model:
             function = _function(node, variants[key])
             model.functions[function.identifier()] = function
         node.op_type = variants[key]
+        _close_gaps(node)
     model.opset_imports.setdefault(DOMAIN, 1)
     return model
 
@@ -53,6 +54,14 @@ def _variant(node: ir.Node) -> _Variant:
     """What two nodes must have in common to call the same function."""
     attributes = tuple(sorted((name, attribute.value) for name, attribute in node.attributes.items()))
     return node.op_type, attributes, tuple(value is not None for value in node.inputs)
+
+
+def _close_gaps(node: ir.Node) -> None:
+    """Move inputs up where one before them is left out: TensorRT-RTX takes no call of a function without."""
+    given = [value for value in node.inputs if value is not None]
+    for index, value in enumerate(given):
+        node.replace_input_with(index, value)
+    node.resize_inputs(len(given))
 
 
 def _function(node: ir.Node, name: str) -> ir.Function:
@@ -67,10 +76,8 @@ def _function(node: ir.Node, name: str) -> ir.Function:
     attributes = {name: attribute.value for name, attribute in node.attributes.items() if name in names}
     body = Body()
     outputs = operator.write_body(body, inputs, spec.node_attributes(**attributes))
-    # A parameter that the node leaves out in the middle stays in the list, unused.
-    parameters = [inputs[tensor.name] or ir.Value(name=tensor.name) for tensor in spec.inputs]
     graph = ir.Graph(
-        parameters[: len(node.inputs)],
+        [value for value in inputs.values() if value is not None],  # as _close_gaps leaves the node
         outputs,
         nodes=body.nodes,
         opset_imports={"": STANDARD_OPSET},

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_harness.onnx_body import run_body
+from kernel_harness.onnx_body import model_of, run_body
 from kernel_harness.sass import Sass
 
 from trtforge.errors import PluginError
@@ -19,6 +19,7 @@ from trtforge.plugins.fp8_gemm.cases import ABSOLUTE, CASES, RELATIVE, exact_inp
 from trtforge.plugins.fp8_gemm.launch import MAX_SPLITS, choices, plan
 from trtforge.plugins.fp8_gemm.op import ACTIVATIONS, SCALES, scale_shape
 from trtforge.plugins.fp8_gemm.reference import fp8_gemm
+from trtforge.plugins.function_bodies import add_function_bodies
 from trtforge.plugins.launch import Call, Gpu, Kernel
 from trtforge.plugins.operators import OPERATORS
 
@@ -61,6 +62,15 @@ def test_body_equals_reference(case: str) -> None:
         (y,) = run_body(OPERATOR, inputs, CASES[case].attributes)
         expected = fp8_gemm(**inputs, **CASES[case].attributes)
         np.testing.assert_allclose(y, expected, rtol=RELATIVE["float32"], atol=ABSOLUTE)
+
+
+def test_a_body_without_an_input_before_another() -> None:
+    case = CASES["static-blocks"]
+    inputs = exact_inputs(case, np.float32, E4M3)
+    assert "bias" not in inputs
+    model = add_function_bodies(model_of(OPERATOR, inputs, case.attributes))
+    (node,), (function,) = model.graph.node, model.functions
+    assert list(node.input) == list(function.input) == ["x", "weight", "scale", "x_scale"]
 
 
 @pytest.mark.parametrize("case", ["dynamic", "dynamic-blocks"])

@@ -17,10 +17,17 @@ from trtforge.plugins.operator import Operator
 def run_body(
     operator: Operator, inputs: Mapping[str, Array], attributes: Mapping[str, AttributeValue]
 ) -> tuple[Array, ...]:
-    """The operator's outputs, which are float32, in declared order.
+    """The operator's outputs, which are float32, in declared order."""
+    model = add_function_bodies(model_of(operator, inputs, attributes))
+    onnx.checker.check_model(model)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return tuple(session.run(None, {}))
 
-    The inputs are constants of the model: ONNX Runtime takes no e4m3 from numpy.
-    """
+
+def model_of(
+    operator: Operator, inputs: Mapping[str, Array], attributes: Mapping[str, AttributeValue]
+) -> onnx.ModelProto:
+    """A model of one node, without a body. Inputs are constants: ONNX Runtime takes no e4m3 from numpy."""
     spec = operator.spec
     spec.register_schema()
     node = helper.make_node(
@@ -38,7 +45,4 @@ def run_body(
         [numpy_helper.from_array(array, name) for name, array in inputs.items()],
     )
     opsets = [helper.make_opsetid("", STANDARD_OPSET), helper.make_opsetid(DOMAIN, OPSET_VERSION)]
-    model = add_function_bodies(helper.make_model(graph, opset_imports=opsets, ir_version=10))
-    onnx.checker.check_model(model)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return tuple(session.run(None, {}))
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
