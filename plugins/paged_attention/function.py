@@ -55,7 +55,7 @@ def write_body(op: Body, inputs: Inputs, attributes: Attributes) -> Sequence[ir.
     weights = op("CastLike", _softmax(op, scores, inputs["sinks"], batch, sizes), q)
     weights = op("Reshape", weights, _shape(op, sizes.num_seqs, sizes.num_kv_heads, -1, num_slots))
     out = op("MatMul", weights, op("CastLike", values, q))  # [B, Hkv, G * Q, D]
-    return _pack(op, out, inputs["slot_mapping"], batch, sizes), cache
+    return _pack(op, out, _tokens(op, inputs), batch, sizes), cache
 
 
 def _shape(op: Body, *sizes: ir.Value | int) -> ir.Value:
@@ -77,10 +77,17 @@ def _sizes(op: Body, inputs: Inputs) -> _Sizes:
 
 
 def _append(op: Body, inputs: Inputs, sizes: _Sizes) -> ir.Value:
-    """The cache with the new keys and values of all tokens whose slot is not negative."""
+    """The cache with the new keys and values of all tokens whose slot is not negative.
+
+    TensorRT-RTX has no Compress and no NonZero: tokens that are not stored repeat the write of one that is,
+    or the cache's own values if there is none.
+    """
     slots = op("Cast", inputs["slot_mapping"], to=_INT64)
+    tokens = _tokens(op, inputs)
     stored = op("GreaterOrEqual", slots, 0)
-    slots = op("Unsqueeze", op("Compress", slots, stored, axis=0), [1])
+    last = op("ReduceMax", op("Where", stored, tokens, -1), keepdims=1)  # [1], -1: none is stored
+    source = op("Where", stored, tokens, op("Max", last, 0))
+    slots = op("Unsqueeze", op("Max", op("Gather", slots, source), 0), [1])
     blocks = op("Div", slots, sizes.block_size)
     offsets = op("Sub", slots, op("Mul", blocks, sizes.block_size))
     zeros = op("Sub", slots, slots)
@@ -89,10 +96,17 @@ def _append(op: Body, inputs: Inputs, sizes: _Sizes) -> ir.Value:
         op("Concat", blocks, zeros, offsets, axis=1),
         op("Concat", blocks, op("Add", zeros, 1), offsets, axis=1),
         axis=0,
-    )  # [2 * stored tokens, 3]: block, key or value, offset
-    rows = [op("Compress", inputs[name], stored, axis=0) for name in ("k", "v")]
+    )  # [2T, 3]: block, key or value, offset
+    rows = [op("Gather", inputs[name], source, axis=0) for name in ("k", "v")]
     rows = op("CastLike", op("Concat", *rows, axis=0), inputs["kv_cache"])
+    old_rows = op("GatherND", inputs["kv_cache"], indices)
+    rows = op("Where", op("GreaterOrEqual", last, 0), rows, old_rows)
     return op("ScatterND", inputs["kv_cache"], indices, rows)
+
+
+def _tokens(op: Body, inputs: Inputs) -> ir.Value:
+    """0, 1, … of all tokens, [T]."""
+    return op("Range", 0, op("Squeeze", op("Shape", inputs["slot_mapping"]), [0]), 1)
 
 
 def _batch(op: Body, inputs: Inputs) -> _Batch:
@@ -173,12 +187,11 @@ def _softmax(op: Body, scores: ir.Value, sinks: ir.Value | None, batch: _Batch, 
     return op("Slice", weights, [0], [-1], [-1])
 
 
-def _pack(op: Body, out: ir.Value, slot_mapping: ir.Value | None, batch: _Batch, sizes: _Sizes) -> ir.Value:
+def _pack(op: Body, out: ir.Value, tokens: ir.Value, batch: _Batch, sizes: _Sizes) -> ir.Value:
     """[B, Hkv, G * Q, D] -> packed rows [T, H, D]. Rows past the last sequence hold something finite."""
     shape = (sizes.num_seqs, sizes.num_kv_heads, sizes.group, batch.longest, sizes.head_dim)
     out = op("Transpose", op("Reshape", out, _shape(op, *shape)), perm=[0, 3, 1, 2, 4])
     out = op("Reshape", out, _shape(op, -1, sizes.num_heads, sizes.head_dim))  # [B * Q, H, D]
-    tokens = op("Range", 0, op("Squeeze", op("Shape", slot_mapping), [0]), 1)  # [T]
     ended = op("GreaterOrEqual", op("Unsqueeze", tokens, [1]), batch.ends)
     sequence = op("ReduceSum", op("Cast", ended, to=_INT64), [1], keepdims=0)
     sequence = op("Min", sequence, op("Sub", sizes.num_seqs, 1))
