@@ -45,9 +45,10 @@ def _torch_op(spec: OpSpec) -> Any:
 def call(
     spec: OpSpec, inputs: Sequence[torch.Tensor | None], **attributes: AttributeValue
 ) -> tuple[torch.Tensor, ...]:
-    """Call the operator while tracing; returns its outputs."""
+    """Call the operator while tracing, optional inputs at the end left out or None; returns its outputs."""
     values = spec.node_attributes(**attributes)
-    result = _torch_op(spec)(*inputs, *(values[attribute.name] for attribute in spec.attributes))
+    missing = [None] * (len(spec.inputs) - len(inputs))
+    result = _torch_op(spec)(*inputs, *missing, *(values[attribute.name] for attribute in spec.attributes))
     return result if isinstance(result, tuple) else (result,)
 
 

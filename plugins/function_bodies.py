@@ -18,16 +18,18 @@ from trtforge.plugins.operators import OPERATORS
 
 Model = TypeVar("Model", onnx.ModelProto, ir.Model)
 
-# Operator, attributes, and which inputs are there.
-_Variant: TypeAlias = tuple[str, tuple[tuple[str, AttributeValue], ...], tuple[bool, ...]]
+# Operator, attributes, and of its inputs which are there and their dtypes, as far as the graph has them.
+_Variant: TypeAlias = tuple[
+    str, tuple[tuple[str, AttributeValue], ...], tuple[tuple[bool, ir.DataType | None], ...]
+]
 
 
 def add_function_bodies(model: Model) -> Model:
     """Turn the custom nodes of `model` into calls of functions that it then carries; returns `model`.
 
-    Attributes are compiled into the functions: nodes of one operator that differ in them, or in which
-    inputs they have, call different functions (PagedAttention, PagedAttention_2, …), because TensorRT's
-    parser tells functions apart by their names only. Raises PluginError for an unknown operator.
+    Attributes are compiled into the functions: nodes of one operator that differ in them, in which inputs
+    they have or in their dtypes call different functions (PagedAttention, PagedAttention_2, …), because
+    TensorRT's parser tells functions apart by their names only. Raises PluginError for an unknown operator.
     """
     if isinstance(model, onnx.ModelProto):
         model.CopyFrom(ir.to_proto(add_function_bodies(ir.from_proto(model))))
@@ -53,7 +55,8 @@ def add_function_bodies(model: Model) -> Model:
 def _variant(node: ir.Node) -> _Variant:
     """What two nodes must have in common to call the same function."""
     attributes = tuple(sorted((name, attribute.value) for name, attribute in node.attributes.items()))
-    return node.op_type, attributes, tuple(value is not None for value in node.inputs)
+    inputs = ((value is not None, None if value is None else value.dtype) for value in node.inputs)
+    return node.op_type, attributes, tuple(inputs)
 
 
 def _close_gaps(node: ir.Node) -> None:
@@ -69,7 +72,7 @@ def _function(node: ir.Node, name: str) -> ir.Function:
     spec = operator.spec
     given = [*node.inputs, *[None] * (len(spec.inputs) - len(node.inputs))]
     inputs = {
-        tensor.name: None if value is None else ir.Value(name=tensor.name)
+        tensor.name: None if value is None else ir.Value(name=tensor.name, type=value.type)
         for tensor, value in zip(spec.inputs, given, strict=True)
     }
     names = {attribute.name for attribute in spec.attributes}

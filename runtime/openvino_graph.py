@@ -23,11 +23,13 @@ from openvino.op import _PagedAttentionExtension
 from trtforge import wire
 from trtforge.errors import ConfigError, EngineBuildError
 from trtforge.manifest import LayerCache
+from trtforge.plugins.paged_attention.op import PAGED_ATTENTION
 from trtforge.runtime.openvino_passes import compute_in_float32, merge_projections
 
 BLOCK_SIZE = 32  # tokens; fixed in the CPU plugin
 
 _DOMAIN = "trtforge"
+_INPUTS = tuple(tensor.name for tensor in PAGED_ATTENTION.inputs)
 
 # Inputs of the operator, in the order of the OpenVINO release that pyproject.toml pins.
 PAGED_ATTENTION_INPUTS = (
@@ -141,23 +143,39 @@ def _check_graph(path: Path, num_layers: int) -> None:
     except DecodeError:
         raise ConfigError(f"{path} is not an ONNX file: build the model again") from None
     for node in graph.node:
-        attributes = {attribute.name: attribute for attribute in node.attribute}
         if node.domain == _DOMAIN and node.op_type not in ("Linear", "PagedAttention"):
             raise ConfigError(
                 f"{path} has {node.op_type} nodes, which the openvino runtime does not execute yet: models "
                 "with them cannot be served on a CPU"
             )
-        if "softcap" in attributes and attributes["softcap"].f != 0:
-            raise ConfigError(
-                f"{path} caps attention scores (softcap {attributes['softcap'].f:g}), which OpenVINO's paged "
-                "attention cannot: this model cannot be served by the openvino runtime"
-            )
+        if node.op_type == "PagedAttention":
+            reason = _unlike_openvino(node)
+            if reason:
+                raise ConfigError(
+                    f"{path} {reason}, which OpenVINO's paged attention cannot: this model cannot be served "
+                    "by the openvino runtime"
+                )
     _check_weights(path.parent, graph)
     caches = {value.name for value in graph.input} - {tensor.name for tensor in wire.GRAPH_INPUTS}
     if caches != {wire.kv_cache_input(layer) for layer in range(num_layers)}:
         raise ConfigError(
             f"{path} has {len(caches)} cache inputs, its manifest {num_layers} layers: build the model again"
         )
+
+
+def _unlike_openvino(node: onnx.NodeProto) -> str:
+    """What this attention does that OpenVINO's does not; empty if there is nothing."""
+    attributes = {attribute.name: attribute for attribute in node.attribute}
+    given = {name for name, value in zip(_INPUTS, node.input, strict=False) if value}
+    if "softcap" in attributes and attributes["softcap"].f != 0:
+        return f"caps attention scores (softcap {attributes['softcap'].f:g})"
+    for name in ("k_scale", "v_scale"):
+        if name in given:
+            return f"scales what it stores in the cache ({name})"
+    # It takes both, and forgets the window.
+    if "alibi_slopes" in given and "window" in attributes and attributes["window"].i != 0:
+        return f"has alibi_slopes in a window of {attributes['window'].i} tokens"
+    return ""
 
 
 def _check_weights(folder: Path, graph: onnx.GraphProto) -> None:
@@ -223,8 +241,13 @@ def _attention_converter(layers: tuple[LayerCache, ...]) -> Callable[[Any], list
             "sliding_window": _constant(context.get_attribute("window"), np.int32),
             "max_context_len": _constant(0, np.int32),
         } | {name: _constant(value) for name, value in _OFF.items()}
-        if context.get_input_size() > 8:
-            inputs["sinks"] = ops.reshape(context.get_input(8), _constant([1, -1, 1, 1]), False).output(0)
+        for index in range(8, context.get_input_size()):
+            value = context.get_input(index)
+            if value.get_node().get_type_name() == "NullNode":  # left out
+                continue
+            if _INPUTS[index] == "sinks":
+                value = ops.reshape(value, _constant([1, -1, 1, 1]), False).output(0)
+            inputs[_INPUTS[index]] = value
         node = _PagedAttentionExtension([inputs[name] for name in PAGED_ATTENTION_INPUTS])
         for kind in ("k", "v"):  # the plugin lays out the caches from these
             node.get_rt_info()[f"num_{kind}_heads"] = layer.num_kv_heads

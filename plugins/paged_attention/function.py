@@ -11,10 +11,14 @@ from typing import NamedTuple
 
 from onnxscript import ir
 
+from trtforge.errors import PluginError
 from trtforge.plugins.body import Attributes, Body, Inputs
 
 _INT64 = ir.DataType.INT64.value
 _FLOAT32 = ir.DataType.FLOAT.value
+_FLOAT16 = ir.DataType.FLOAT16.value
+_INT8 = ir.DataType.INT8
+_E4M3 = ir.DataType.FLOAT8E4M3FN
 _MAX_INT64 = 2**63 - 1
 _HIDDEN = -30000.0  # a score that exp() makes zero, within the range of float16
 
@@ -42,20 +46,29 @@ class _Batch(NamedTuple):
 
 
 def write_body(op: Body, inputs: Inputs, attributes: Attributes) -> Sequence[ir.Value]:
-    """Nodes that compute (out, kv_cache_out)."""
+    """Nodes that compute (out, kv_cache_out). Raises PluginError if the cache's dtype is not known."""
     q, tables = inputs["q"], inputs["block_tables"]
+    window = int(attributes["window"])
     sizes = _sizes(op, inputs)
     cache = _append(op, inputs, sizes)
     batch = _batch(op, inputs)
     keys, values, num_slots = _gather_blocks(op, cache, tables, batch, sizes)
+    keys = _restored(op, keys, inputs["k_scale"], q)
+    values = _restored(op, values, inputs["v_scale"], q)
+    # What nobody sees may be anything: NaN times a weight of zero were NaN.
+    slots = op("Range", 0, op("Squeeze", num_slots, [0]), 1)  # [S]
+    values = op("Where", _seen_by_any(op, slots, batch, window), values, op("CastLike", 0.0, q))
     scores = _scores(op, _pad(op, q, batch, sizes), keys, attributes)
     scores = op("Reshape", scores, _shape(op, sizes.num_seqs, sizes.num_kv_heads, sizes.group, -1, num_slots))
-    visible = _visible(op, batch, num_slots, int(attributes["window"]))
-    scores = op("Where", visible, scores, _HIDDEN)  # [B, Hkv, G, Q, S]
+    distances = op("Sub", slots, _positions(op, batch))  # [B, 1, 1, Q, S], from a token to what it sees
+    if inputs["alibi_slopes"] is not None:
+        slopes = op("Reshape", inputs["alibi_slopes"], _shape(op, 1, sizes.num_kv_heads, sizes.group, 1, 1))
+        scores = op("Add", scores, op("Mul", slopes, op("Cast", distances, to=_FLOAT32)))
+    scores = op("Where", _visible(op, distances, window), scores, _HIDDEN)  # [B, Hkv, G, Q, S]
     weights = op("CastLike", _softmax(op, scores, inputs["sinks"], batch, sizes), q)
     weights = op("Reshape", weights, _shape(op, sizes.num_seqs, sizes.num_kv_heads, -1, num_slots))
-    out = op("MatMul", weights, op("CastLike", values, q))  # [B, Hkv, G * Q, D]
-    return _pack(op, out, _tokens(op, inputs), batch, sizes), cache
+    out = op("MatMul", weights, values)  # [B, Hkv, G * Q, D]
+    return _pack(op, out, q, _tokens(op, inputs), batch, sizes), op("CastLike", cache, inputs["kv_cache"])
 
 
 def _shape(op: Body, *sizes: ir.Value | int) -> ir.Value:
@@ -80,7 +93,8 @@ def _append(op: Body, inputs: Inputs, sizes: _Sizes) -> ir.Value:
     """The cache with the new keys and values of all tokens whose slot is not negative.
 
     TensorRT-RTX has no Compress and no NonZero: tokens that are not stored repeat the write of one that is,
-    or the cache's own values if there is none.
+    or the cache's own values if there is none. Caches of 8 bits are returned in float16, which has all of
+    their values: gathering and scattering know no float8.
     """
     slots = op("Cast", inputs["slot_mapping"], to=_INT64)
     tokens = _tokens(op, inputs)
@@ -97,11 +111,37 @@ def _append(op: Body, inputs: Inputs, sizes: _Sizes) -> ir.Value:
         op("Concat", blocks, op("Add", zeros, 1), offsets, axis=1),
         axis=0,
     )  # [2T, 3]: block, key or value, offset
-    rows = [op("Gather", inputs[name], source, axis=0) for name in ("k", "v")]
-    rows = op("CastLike", op("Concat", *rows, axis=0), inputs["kv_cache"])
-    old_rows = op("GatherND", inputs["kv_cache"], indices)
-    rows = op("Where", op("GreaterOrEqual", last, 0), rows, old_rows)
-    return op("ScatterND", inputs["kv_cache"], indices, rows)
+    cache = inputs["kv_cache"]
+    dtype = None if cache is None else cache.dtype
+    if dtype is None:
+        raise PluginError("PagedAttention: the graph does not say which dtype kv_cache has")
+    if dtype in (_INT8, _E4M3):
+        cache = op("Cast", cache, to=_FLOAT16)
+    rows = [
+        _stored(op, op("Gather", inputs[name], source, axis=0), inputs[f"{name}_scale"], dtype)
+        for name in ("k", "v")
+    ]
+    rows = op("CastLike", op("Concat", *rows, axis=0), cache)
+    rows = op("Where", op("GreaterOrEqual", last, 0), rows, op("GatherND", cache, indices))
+    return op("ScatterND", cache, indices, rows)
+
+
+def _stored(op: Body, rows: ir.Value, scale: ir.Value | None, dtype: ir.DataType) -> ir.Value:
+    """Keys or values rounded as the cache keeps them, in a dtype that may be wider."""
+    if scale is not None:
+        rows = op("Div", op("Cast", rows, to=_FLOAT32), scale)
+    if dtype == _INT8:
+        rows = op("Clip", op("Round", op("Cast", rows, to=_FLOAT32)), -128.0, 127.0)
+    elif dtype == _E4M3:
+        rows = op("Cast", op("Cast", rows, to=_E4M3.value), to=_FLOAT16)  # saturates
+    return rows
+
+
+def _restored(op: Body, x: ir.Value, scale: ir.Value | None, q: ir.Value | None) -> ir.Value:
+    """Stored keys or values in the queries' dtype."""
+    if scale is not None:
+        x = op("Mul", op("Cast", x, to=_FLOAT32), scale)
+    return op("CastLike", x, q)
 
 
 def _tokens(op: Body, inputs: Inputs) -> ir.Value:
@@ -156,7 +196,7 @@ def _gather_blocks(
 
 def _scores(op: Body, q: ir.Value, keys: ir.Value, attributes: Attributes) -> ir.Value:
     """Scaled and capped scores in float32, [B, Hkv, G * Q, S]."""
-    scores = op("Cast", op("MatMul", q, op("CastLike", keys, q)), to=_FLOAT32)
+    scores = op("Cast", op("MatMul", q, keys), to=_FLOAT32)
     scores = op("Mul", scores, float(attributes["scale"]))
     softcap = float(attributes["softcap"])
     if softcap == 0.0:
@@ -164,16 +204,27 @@ def _scores(op: Body, q: ir.Value, keys: ir.Value, attributes: Attributes) -> ir
     return op("Mul", op("Tanh", op("Div", scores, softcap)), softcap)
 
 
-def _visible(op: Body, batch: _Batch, num_slots: ir.Value, window: int) -> ir.Value:
-    """Which cached token each new one may look at, bool [B, 1, 1, Q, S]."""
-    slots = op("Range", 0, op("Squeeze", num_slots, [0]), 1)  # [S]
+def _positions(op: Body, batch: _Batch) -> ir.Value:
+    """Of the new tokens in their sequences, [B, 1, 1, Q, 1]."""
     first = op("Sub", batch.context_lens, batch.lens)
-    positions = op("Add", op("Unsqueeze", first, [1]), batch.offsets)
-    positions = op("Unsqueeze", positions, [1, 2, 4])  # [B, 1, 1, Q, 1]
-    visible = op("LessOrEqual", slots, positions)
+    return op("Unsqueeze", op("Add", op("Unsqueeze", first, [1]), batch.offsets), [1, 2, 4])
+
+
+def _visible(op: Body, distances: ir.Value, window: int) -> ir.Value:
+    """Which cached token each new one may look at, bool [B, 1, 1, Q, S]."""
+    visible = op("LessOrEqual", distances, 0)
     if window == 0:
         return visible
-    return op("And", visible, op("Greater", slots, op("Sub", positions, window)))
+    return op("And", visible, op("Greater", distances, -window))
+
+
+def _seen_by_any(op: Body, slots: ir.Value, batch: _Batch, window: int) -> ir.Value:
+    """Which slots any new token of a sequence looks at, bool [B, 1, S, 1]."""
+    seen = op("Less", slots, op("Unsqueeze", batch.context_lens, [1]))
+    if window > 0:
+        first = op("Sub", op("Sub", batch.context_lens, batch.lens), window)
+        seen = op("And", seen, op("Greater", slots, op("Unsqueeze", first, [1])))
+    return op("Unsqueeze", seen, [1, 3])
 
 
 def _softmax(op: Body, scores: ir.Value, sinks: ir.Value | None, batch: _Batch, sizes: _Sizes) -> ir.Value:
@@ -187,13 +238,17 @@ def _softmax(op: Body, scores: ir.Value, sinks: ir.Value | None, batch: _Batch, 
     return op("Slice", weights, [0], [-1], [-1])
 
 
-def _pack(op: Body, out: ir.Value, tokens: ir.Value, batch: _Batch, sizes: _Sizes) -> ir.Value:
-    """[B, Hkv, G * Q, D] -> packed rows [T, H, D]. Rows past the last sequence hold something finite."""
+def _pack(
+    op: Body, out: ir.Value, q: ir.Value | None, tokens: ir.Value, batch: _Batch, sizes: _Sizes
+) -> ir.Value:
+    """[B, Hkv, G * Q, D] -> packed rows [T, H, D]. Rows past the last sequence are zero."""
     shape = (sizes.num_seqs, sizes.num_kv_heads, sizes.group, batch.longest, sizes.head_dim)
     out = op("Transpose", op("Reshape", out, _shape(op, *shape)), perm=[0, 3, 1, 2, 4])
     out = op("Reshape", out, _shape(op, -1, sizes.num_heads, sizes.head_dim))  # [B * Q, H, D]
     ended = op("GreaterOrEqual", op("Unsqueeze", tokens, [1]), batch.ends)
     sequence = op("ReduceSum", op("Cast", ended, to=_INT64), [1], keepdims=0)
+    inside = op("Less", sequence, sizes.num_seqs)
     sequence = op("Min", sequence, op("Sub", sizes.num_seqs, 1))
     offset = op("Min", op("Sub", tokens, op("Gather", batch.starts, sequence)), op("Sub", batch.longest, 1))
-    return op("Gather", out, op("Add", op("Mul", sequence, batch.longest), offset), axis=0)
+    rows = op("Gather", out, op("Add", op("Mul", sequence, batch.longest), offset), axis=0)
+    return op("Where", op("Unsqueeze", inside, [1, 2]), rows, op("CastLike", 0.0, q))

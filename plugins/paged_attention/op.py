@@ -21,12 +21,22 @@ PAGED_ATTENTION = OpSpec(
         Tensor("context_lens", "I", ("num_seqs",)),
         Tensor("slot_mapping", "I", ("num_tokens",)),
         Tensor("sinks", "T", ("num_heads",), optional=True),
+        # Added to a score: slope * (position of the key - position of the query).
+        Tensor("alibi_slopes", "F", ("num_heads",), optional=True),
+        # What a stored 1 stands for; 1 where it is left out.
+        Tensor("k_scale", "F", (1,), optional=True),
+        Tensor("v_scale", "F", (1,), optional=True),
     ),
     outputs=(
         Tensor("out", "T", ("num_tokens", "num_heads", "head_dim")),
         Tensor("kv_cache_out", "KV", ("num_blocks", 2, "block_size", "num_kv_heads", "head_dim")),
     ),
-    dtypes={"T": FLOATS, "KV": FLOATS, "I": INTS},
+    dtypes={
+        "T": FLOATS,
+        "KV": (*FLOATS, "tensor(float8e4m3fn)", "tensor(int8)"),
+        "I": INTS,
+        "F": ("tensor(float)",),
+    },
     attributes=(
         Attribute("scale", "float"),
         Attribute("window", "int", 0),  # tokens that a token sees, itself included; 0: all before it

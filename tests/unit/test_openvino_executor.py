@@ -112,6 +112,8 @@ class Attention:
     window: int = 0
     sinks: bool = False
     softcap: float = 0.0
+    alibi: bool = False
+    scaled_cache: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -119,24 +121,38 @@ class Attention:
         return self.num_heads * self.head_dim
 
     def weights(self) -> dict[str, Float32Array]:
-        """q, k and v of every token, and a sink a head."""
+        """q, k and v of every token, a sink and a slope a head, and the cache's scales."""
         rng = np.random.default_rng(1)
         heads = {"q": self.num_heads, "k": self.num_kv_heads, "v": self.num_kv_heads}
         tables = {
             name: rng.standard_normal((self.vocab_size, count, self.head_dim), np.float32)
             for name, count in heads.items()
         }
-        return tables | {"sinks": rng.standard_normal(self.num_heads, np.float32) * 3}
+        return tables | {
+            "sinks": rng.standard_normal(self.num_heads, np.float32) * 3,
+            "alibi_slopes": (2.0 ** -np.arange(1, self.num_heads + 1)).astype(np.float32),
+            "k_scale": np.ones(1, np.float32),
+            "v_scale": np.ones(1, np.float32),
+        }
 
     def save(self, folder: Path) -> None:
         """Write model.onnx."""
-        used = {name: array for name, array in self.weights().items() if name != "sinks" or self.sinks}
+        optional = {
+            "sinks": self.sinks,
+            "alibi_slopes": self.alibi,
+            "k_scale": self.scaled_cache,
+            "v_scale": self.scaled_cache,
+        }
+        used = {name: array for name, array in self.weights().items() if optional.get(name, True)}
+        given = [name if name in used else "" for name in optional]
+        while given and not given[-1]:
+            given.pop()
         step = ["block_tables", "cu_seqlens", "context_lens", "slot_mapping"]
         nodes = [helper.make_node("Gather", [name, "input_ids"], [f"{name}_rows"]) for name in "qkv"]
         nodes += [
             helper.make_node(
                 "PagedAttention",
-                ["q_rows", "k_rows", "v_rows", "kv_cache.0", *step, *(["sinks"] if self.sinks else [])],
+                ["q_rows", "k_rows", "v_rows", "kv_cache.0", *step, *given],
                 ["out", "kv_cache_out.0"],
                 domain="trtforge",
                 scale=self.head_dim**-0.5,
@@ -169,6 +185,8 @@ class Attention:
             for head in range(self.num_heads):
                 kv_head = head * self.num_kv_heads // self.num_heads
                 scores = k[start : t + 1, kv_head] @ q[t, head] * self.head_dim**-0.5
+                if self.alibi:
+                    scores += weights["alibi_slopes"][head] * np.arange(start - t, 1)
                 exp = np.exp(scores)
                 total = exp.sum() + (np.exp(weights["sinks"][head]) if self.sinks else 0)
                 rows[t, head] = exp @ v[start : t + 1, kv_head] / total
@@ -190,6 +208,8 @@ class Attention:
         Attention(num_heads=4, num_kv_heads=2, head_dim=64, window=33),
         Attention(num_heads=4, num_kv_heads=2, head_dim=64, sinks=True),
         Attention(num_heads=4, num_kv_heads=2, head_dim=64, window=20, sinks=True),
+        Attention(num_heads=4, num_kv_heads=2, head_dim=64, alibi=True),
+        Attention(num_heads=4, num_kv_heads=2, head_dim=64, sinks=True, alibi=True),
     ],
     ids=str,
 )
@@ -274,6 +294,10 @@ def test_graphs_that_openvino_cannot_execute(make_manifest: MakeManifest, tmp_pa
     manifest = make_manifest((LayerCache(num_kv_heads=1, head_dim=16),))
     Attention(num_heads=2, num_kv_heads=1, head_dim=16, softcap=30.0).save(tmp_path)
     _error(ConfigError, "softcap 30", tmp_path, manifest)
+    Attention(num_heads=2, num_kv_heads=1, head_dim=16, scaled_cache=True).save(tmp_path)
+    _error(ConfigError, "k_scale", tmp_path, manifest)
+    Attention(num_heads=2, num_kv_heads=1, head_dim=16, window=8, alibi=True).save(tmp_path)
+    _error(ConfigError, "alibi_slopes in a window of 8", tmp_path, manifest)
 
     Attention(num_heads=2, num_kv_heads=1, head_dim=16).save(tmp_path)
     graph = onnx.load(tmp_path / "model.onnx")
