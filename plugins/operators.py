@@ -21,6 +21,7 @@ from trtforge.plugins.moe_experts.op import MOE_EXPERTS
 from trtforge.plugins.moe_experts.reference import moe_experts as moe_experts_reference
 from trtforge.plugins.operator import Operator
 from trtforge.plugins.paged_attention import function as paged_attention
+from trtforge.plugins.paged_attention import launch as paged_attention_launch
 from trtforge.plugins.paged_attention.op import PAGED_ATTENTION
 from trtforge.plugins.paged_attention.reference import paged_attention as paged_attention_reference
 from trtforge.plugins.rms_norm import function as rms_norm
@@ -53,7 +54,12 @@ OPERATORS: Mapping[str, Operator] = {
         ),
         Operator(LINEAR, linear_reference, linear.write_body),
         Operator(MOE_EXPERTS, moe_experts_reference, moe_experts.write_body),
-        Operator(PAGED_ATTENTION, paged_attention_reference, paged_attention.write_body),
+        Operator(
+            PAGED_ATTENTION,
+            paged_attention_reference,
+            paged_attention.write_body,
+            Kernels(paged_attention_launch.plan, paged_attention_launch.choices),
+        ),
         Operator(
             ADD_RMS_NORM,
             add_rms_norm_reference,
