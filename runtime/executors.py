@@ -20,6 +20,8 @@ def create_executor(manifest: Manifest, model_dir: Path, options: EngineOptions)
     Raises ConfigError for a runtime that this version or this machine cannot execute, and for a cache that
     cannot be had. A runtime's own packages are imported only if it is the one.
     """
+    if manifest.runtime == "reference":
+        return _create_reference_executor(manifest, model_dir, options)
     budget = plan_memory(manifest, options, available_memory_bytes())
     logger.info("%s", budget)
     if manifest.runtime == "openvino":
@@ -42,4 +44,20 @@ def create_executor(manifest: Manifest, model_dir: Path, options: EngineOptions)
     raise ConfigError(
         f"{model_dir} was built for the runtime {manifest.runtime!r}, which cannot be served yet: "
         "build it with --runtime openvino"
+    )
+
+
+def _create_reference_executor(manifest: Manifest, model_dir: Path, options: EngineOptions) -> Executor:
+    """With its cache in the memory of the GPU, if there is one."""
+    from trtforge.runtime.reference_executor import ReferenceExecutor, available_device_bytes, default_device
+
+    device = default_device()
+    budget = plan_memory(manifest, options, available_device_bytes(device))
+    logger.info("%s", budget)
+    return ReferenceExecutor(
+        model_dir,
+        manifest.model_copy(update={"kv_cache": resize(manifest.kv_cache, budget)}),
+        device=device,
+        threads=options.threads,
+        num_host_blocks=budget.num_host_blocks,
     )

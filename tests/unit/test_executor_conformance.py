@@ -16,6 +16,7 @@ from trtforge.runtime.block_moves import BlockMoves
 from trtforge.runtime.executor import Executor, Float32Array, KVCacheSpec
 from trtforge.runtime.fake_executor import FakeExecutor
 from trtforge.runtime.openvino_executor import OpenVINOExecutor
+from trtforge.runtime.reference_executor import ReferenceExecutor
 
 VOCAB_SIZE = 128
 SPEC = KVCacheSpec(block_size=32, num_blocks=24, num_host_blocks=4)
@@ -23,12 +24,14 @@ SPEC = KVCacheSpec(block_size=32, num_blocks=24, num_host_blocks=4)
 Drive = Callable[..., Any]  # see the fixture of this name
 
 
-@pytest.fixture(scope="module", params=["fake", "openvino"])
+@pytest.fixture(scope="module", params=["fake", "openvino", "reference"])
 def make_executor(request: pytest.FixtureRequest) -> Callable[[], Executor]:
     """Makes executors of one kind whose logits are the same function of a sequence's tokens."""
     if request.param == "fake":
         return lambda: FakeExecutor(VOCAB_SIZE, SPEC.num_blocks, SPEC.block_size, num_host_blocks=4)
     folder, manifest = request.getfixturevalue("export_tiny_llama")("float32")
+    if request.param == "reference":
+        return lambda: ReferenceExecutor(folder, manifest, num_host_blocks=4)
     return lambda: OpenVINOExecutor(folder, manifest, threads=2, num_host_blocks=4)
 
 
