@@ -209,7 +209,9 @@ def _split(attributes: Attributes, device: torch.device) -> Operation:
     def split(x: Tensor, sizes: Sizes | None = None) -> tuple[Tensor, ...]:
         if sizes is not None:
             return torch.split(x, _ints(sizes), dim=axis)
-        return torch.split(x, -(-x.shape[axis] // num_outputs), dim=axis)  # the last one may be smaller
+        size = -(-x.shape[axis] // num_outputs)
+        last = x.shape[axis] - (num_outputs - 1) * size  # may be smaller
+        return torch.split(x, [size] * (num_outputs - 1) + [last], dim=axis)
 
     return split
 
