@@ -60,7 +60,7 @@ class Operators:
             self.waiting.add(node.op_type)
         native, num_inputs = self._native.get(node.op_type, (None, 0))
         if native is None or len(node.inputs) > num_inputs:
-            return functools.partial(_run_reference, operator, attributes)
+            return functools.partial(run_reference, operator, attributes)
         return functools.partial(native, **attributes)
 
 
@@ -109,7 +109,7 @@ def _activate(hidden: Tensor, activation: str, alpha: float, limit: float) -> Te
     return functions[activation](gate) * up
 
 
-def _run_reference(
+def run_reference(
     operator: Operator, attributes: Mapping[str, AttributeValue], *inputs: Tensor | None
 ) -> tuple[Tensor, ...]:
     """The operator's reference on the CPU: slow."""
