@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,14 +25,18 @@ SPEC = KVCacheSpec(block_size=32, num_blocks=24, num_host_blocks=4)
 Drive = Callable[..., Any]  # see the fixture of this name
 
 
-@pytest.fixture(scope="module", params=["fake", "openvino", "reference"])
+@pytest.fixture(
+    scope="module",
+    params=["fake", "openvino", "reference", pytest.param("reference-cuda", marks=pytest.mark.gpu)],
+)
 def make_executor(request: pytest.FixtureRequest) -> Callable[[], Executor]:
     """Makes executors of one kind whose logits are the same function of a sequence's tokens."""
     if request.param == "fake":
         return lambda: FakeExecutor(VOCAB_SIZE, SPEC.num_blocks, SPEC.block_size, num_host_blocks=4)
     folder, manifest = request.getfixturevalue("export_tiny_llama")("float32")
-    if request.param == "reference":
-        return lambda: ReferenceExecutor(folder, manifest, num_host_blocks=4)
+    if request.param.startswith("reference"):
+        device = torch.device("cuda" if request.param == "reference-cuda" else "cpu")
+        return lambda: ReferenceExecutor(folder, manifest, device=device, num_host_blocks=4)
     return lambda: OpenVINOExecutor(folder, manifest, threads=2, num_host_blocks=4)
 
 
