@@ -24,10 +24,15 @@ SPEC = KVCacheSpec(block_size=32, num_blocks=24, num_host_blocks=4)
 
 Drive = Callable[..., Any]  # see the fixture of this name
 
+ON_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no NVIDIA GPU"),
+]
+
 
 @pytest.fixture(
     scope="module",
-    params=["fake", "openvino", "reference", pytest.param("reference-cuda", marks=pytest.mark.gpu)],
+    params=["fake", "openvino", "reference", pytest.param("reference-cuda", marks=ON_GPU)],
 )
 def make_executor(request: pytest.FixtureRequest) -> Callable[[], Executor]:
     """Makes executors of one kind whose logits are the same function of a sequence's tokens."""
