@@ -12,6 +12,7 @@ from trtforge.errors import PluginError
 from trtforge.plugins.launch import Call, Gpu, Plan, workspace_layout
 from trtforge.plugins.op import AttributeValue, OpSpec
 from trtforge.plugins.operator import Kernels
+from trtforge.runtime.operator_shapes import merge_leading_dims, split_leading_dims
 
 _ALIGNMENT = 16  # bytes, of every pointer that a kernel gets
 
@@ -42,13 +43,11 @@ class KernelCalls:
         self._launcher = launcher
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        """Inputs and outputs as declared. An input may have more dims than that, as those of projections do:
-        its first ones are one dim to the kernels, and come back in outputs that begin with the same dim.
-        """
-        given, leading = self._declared_shapes(inputs)
+        """The declared outputs; see `operator_shapes` for inputs with more dims than declared."""
+        merged, leading = merge_leading_dims(self._spec, inputs)
+        given = {name: self._aligned(name, tensor) for name, tensor in merged.items()}
         tensors: list[Any] = [given.get(declared.name) for declared in self._spec.inputs]
-        sizes = self._spec.check_inputs(*tensors)
-        outputs = self._allocate_outputs(given, sizes)
+        outputs = self._allocate_outputs(given, self._spec.check_inputs(*tensors))
         call = Call(
             shapes={name: tuple(tensor.shape) for name, tensor in given.items()},
             dtypes={name: str(tensor.dtype).removeprefix("torch.") for name, tensor in given.items()},
@@ -61,29 +60,7 @@ class KernelCalls:
         pointers = {name: tensor.data_ptr() for name, tensor in (given | outputs).items()}
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         self._launcher.launch(plan, pointers, workspace.data_ptr(), stream)
-        return tuple(
-            outputs[declared.name].reshape(*leading[declared.dims[0]], *outputs[declared.name].shape[1:])
-            if declared.dims[0] in leading
-            else outputs[declared.name]
-            for declared in self._spec.outputs
-        )
-
-    def _declared_shapes(
-        self, inputs: tuple[Tensor | None, ...]
-    ) -> tuple[dict[str, Tensor], dict[str | int, tuple[int, ...]]]:
-        """The inputs that are given, contiguous and with the declared number of dims, and what the first
-        dims of those that had more were."""
-        given: dict[str, Tensor] = {}
-        leading: dict[str | int, tuple[int, ...]] = {}
-        for declared, tensor in zip(self._spec.inputs, inputs, strict=False):
-            if tensor is None:
-                continue
-            num_merged = tensor.ndim - len(declared.dims) + 1
-            if num_merged > 1:
-                leading[declared.dims[0]] = tuple(tensor.shape[:num_merged])
-                tensor = tensor.flatten(0, num_merged - 1)
-            given[declared.name] = self._aligned(declared.name, tensor)
-        return given, leading
+        return split_leading_dims(self._spec, outputs, leading)
 
     def _aligned(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0:

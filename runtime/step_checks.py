@@ -26,6 +26,7 @@ def check_step(inputs: ModelInputs, spec: KVCacheSpec, vocab_size: int) -> None:
 
     rows = np.repeat(np.arange(len(num_new)), num_new)  # [T]: whose token it is
     positions = np.arange(num_tokens) + (past_lens - inputs.cu_seqlens[:-1])[rows]
+    require(np.array_equal(inputs.position_ids, positions), "position_ids differ from context_lens")
     slots = tables[rows, positions // block_size] * block_size + positions % block_size
     require(
         bool(((inputs.slot_mapping == slots) | (inputs.slot_mapping < 0)).all()),

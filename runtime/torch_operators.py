@@ -17,6 +17,7 @@ from trtforge.plugins.op import DOMAIN, Array, AttributeValue
 from trtforge.plugins.operator import Operator
 from trtforge.plugins.operators import OPERATORS
 from trtforge.runtime.kernel_calls import KernelCalls, Launcher
+from trtforge.runtime.operator_shapes import merge_leading_dims, split_leading_dims
 from trtforge.runtime.torch_attention import TorchAttention
 from trtforge.runtime.torch_graph import Node
 from trtforge.runtime.torch_ops import Operation
@@ -112,19 +113,20 @@ def _activate(hidden: Tensor, activation: str, alpha: float, limit: float) -> Te
 def run_reference(
     operator: Operator, attributes: Mapping[str, AttributeValue], *inputs: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """The operator's reference on the CPU: slow."""
+    """The outputs that the operator's reference has for `inputs`: slow, on the CPU."""
     spec = operator.spec
-    arrays = [None if tensor is None else _to_numpy(tensor) for tensor in inputs]
-    results = operator.reference(*arrays, **attributes)
+    given, leading = merge_leading_dims(spec, inputs)
+    arrays = {name: _to_numpy(tensor) for name, tensor in given.items()}
+    results = operator.reference(*[arrays.get(declared.name) for declared in spec.inputs], **attributes)
     results = results if isinstance(results, tuple) else (results,)
-    named = dict(zip((tensor.name for tensor in spec.inputs), inputs, strict=False))
-    device = next(tensor.device for tensor in inputs if tensor is not None)
-    outputs = []
+    device = next(iter(given.values())).device
+    outputs = {}
     for declared, result in zip(spec.outputs, results, strict=True):
         output = _from_numpy(result).to(device)
-        shared = named.get(spec.aliases.get(declared.name, ""))
-        outputs.append(output if shared is None else shared.copy_(output))
-    return tuple(outputs)
+        if declared.name in spec.aliases:
+            output = given[spec.aliases[declared.name]].copy_(output)
+        outputs[declared.name] = output
+    return split_leading_dims(spec, outputs, leading)
 
 
 def _to_numpy(tensor: Tensor) -> Array:

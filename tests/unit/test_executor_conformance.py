@@ -151,6 +151,7 @@ BAD_STEPS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "table too short": lambda step: {"block_tables": step.block_tables[:, :-1].copy()},
     "slot of another block": lambda step: {"slot_mapping": _changed(step.slot_mapping, 5, 0)},
     "context without the new tokens": lambda step: {"context_lens": step.context_lens - 1},
+    "positions of other tokens": lambda step: {"position_ids": step.position_ids + 1},
     "row that does not exist": lambda step: {
         "logits_indices": _changed(step.logits_indices, 0, len(step.input_ids))
     },

@@ -242,7 +242,7 @@ def test_experts_equal_their_reference(activation: str, transposed: int, biases:
 
 
 def test_references_take_and_give_bfloat16() -> None:
-    x, weight = normal(3, 8).bfloat16(), normal(4, 8).bfloat16()
+    x, weight = normal(3, 1, 8).bfloat16(), normal(4, 8).bfloat16()  # a dim too many
     (y,) = run_reference(OPERATORS["Linear"], {}, x, weight, None)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, torch.nn.functional.linear(x, weight), rtol=0.02, atol=0.02)
