@@ -72,8 +72,9 @@ class ReferenceExecutor:
         self._caches = _allocate_caches(layout, layout.num_blocks, self._device)
         self._host_caches = _allocate_caches(layout, num_host_blocks, torch.device("cpu"))
         self._graphs: DecodeGraphs | None = None
-        if operators.waiting:
-            logger.info("computed by torch: %s", ", ".join(sorted(operators.waiting)))
+        if self._device.type == "cuda" and operators.waiting:
+            names = ", ".join(sorted(operators.waiting))
+            logger.warning("decode steps are no CUDA graphs: without kernels, %s waits for the device", names)
         elif self._device.type == "cuda":
             with torch.inference_mode():
                 self._graphs = DecodeGraphs(self._run, self._device, manifest.limits, layout.block_size)
