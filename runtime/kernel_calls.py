@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from trtforge.errors import PluginError
-from trtforge.plugins.launch import Call, Gpu, Plan, workspace_layout
+from trtforge.plugins.launch import Call, Gpu, Kernels, Plan, workspace_layout
 from trtforge.plugins.op import AttributeValue, OpSpec
-from trtforge.plugins.operator import Kernels
 from trtforge.runtime.operator_shapes import merge_leading_dims, split_leading_dims
 
 _ALIGNMENT = 16  # bytes, of every pointer that a kernel gets

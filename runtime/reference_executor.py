@@ -156,7 +156,7 @@ def _to_host(tensors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     logits, argmax = tensors
     if logits.device.type != "cuda":
         return logits.contiguous(), argmax
-    on_host = tuple(torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors)
+    on_host = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors)
     for host, tensor in zip(on_host, tensors, strict=True):
         host.copy_(tensor, non_blocking=True)
     torch.cuda.current_stream(logits.device).synchronize()

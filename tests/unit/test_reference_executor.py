@@ -19,9 +19,8 @@ from trtforge import wire
 from trtforge.engine_options import EngineOptions
 from trtforge.errors import CapacityError, ConfigError, PluginError
 from trtforge.manifest import DType, LayerCache, Manifest
-from trtforge.plugins.launch import Call, Gpu, Kernel, Launch, Plan
+from trtforge.plugins.launch import Call, Gpu, Kernel, Kernels, Launch, Plan
 from trtforge.plugins.op import FLOATS, Attribute, OpSpec, Tensor
-from trtforge.plugins.operator import Kernels
 from trtforge.plugins.operators import OPERATORS
 from trtforge.runtime.decode_graphs import batch_sizes, pad_decode
 from trtforge.runtime.executors import create_executor
