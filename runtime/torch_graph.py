@@ -16,7 +16,11 @@ from torch import Tensor
 from trtforge import wire
 from trtforge.errors import ConfigError
 from trtforge.runtime.graph_file import weight_files
-from trtforge.runtime.torch_ops import STANDARD_OPS, Operation, torch_dtype
+from trtforge.runtime.torch_math_ops import MATH_OPS
+from trtforge.runtime.torch_operation import Operation, StandardOp, torch_dtype
+from trtforge.runtime.torch_shape_ops import SHAPE_OPS
+
+STANDARD_OPS: Mapping[str, StandardOp] = {**MATH_OPS, **SHAPE_OPS}
 
 _LEFT_OUT = 0  # the value of inputs that a node leaves out: None
 

@@ -20,7 +20,7 @@ from trtforge.runtime.kernel_calls import KernelCalls, Launcher
 from trtforge.runtime.operator_shapes import merge_leading_dims, split_leading_dims
 from trtforge.runtime.torch_attention import TorchAttention
 from trtforge.runtime.torch_graph import Node
-from trtforge.runtime.torch_ops import Operation
+from trtforge.runtime.torch_operation import Operation
 
 # Types that numpy has only with ml_dtypes, and those of the same size that torch gives to numpy.
 _ML_DTYPES: Mapping[torch.dtype, tuple[torch.dtype, Any]] = {

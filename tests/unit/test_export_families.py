@@ -28,7 +28,7 @@ from trtforge.plugins.function_bodies import add_function_bodies
 from trtforge.runtime.graph_file import read_graph_file
 from trtforge.runtime.reference_executor import ReferenceExecutor
 from trtforge.runtime.torch_graph import Node, compile_graph
-from trtforge.runtime.torch_ops import Operation, torch_dtype
+from trtforge.runtime.torch_operation import Operation, torch_dtype
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 24
