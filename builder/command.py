@@ -22,7 +22,8 @@ def build(
         str, typer.Option(help="Name of the model, and of its folder, in the repository.")
     ] = "llm",
     runtime: Annotated[
-        RuntimeChoice, typer.Option(help="What executes the model; auto picks openvino today.")
+        RuntimeChoice,
+        typer.Option(help="What executes the model; auto picks openvino today, reference is torch."),
     ] = "auto",
     dtype: Annotated[
         DTypeChoice, typer.Option(help="Of weights and KV cache; auto keeps the model's, if the runtime can.")

@@ -12,7 +12,7 @@ from typing_extensions import Self
 from trtforge.builder.repository import check_model_name
 from trtforge.errors import ConfigError
 
-RuntimeChoice = Literal["auto", "openvino", "tensorrt", "tensorrt-rtx"]
+RuntimeChoice = Literal["auto", "openvino", "reference", "tensorrt", "tensorrt-rtx"]
 DTypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 
 # OpenVINO's paged attention on CPU has this block size compiled in.
@@ -62,7 +62,7 @@ class BuildOptions(BaseModel):
         check_model_name(self.name)
         _check_positive(self)
         _refuse_unbuilt(self)
-        if self.block_size not in (None, OPENVINO_BLOCK_SIZE):
+        if self.runtime != "reference" and self.block_size not in (None, OPENVINO_BLOCK_SIZE):
             raise ConfigError(
                 f"--block-size {self.block_size} cannot work with openvino, whose paged attention "
                 f"has blocks of {OPENVINO_BLOCK_SIZE} tokens: leave the option out"
@@ -86,7 +86,7 @@ def _check_positive(options: BuildOptions) -> None:
 
 
 def _refuse_unbuilt(options: BuildOptions) -> None:
-    if options.runtime not in ("auto", "openvino"):
+    if options.runtime not in ("auto", "openvino", "reference"):
         raise ConfigError(
             f"--runtime {options.runtime} is not built yet: use --runtime openvino (or auto, which picks it)"
         )

@@ -34,7 +34,7 @@ def make_plan(options: BuildOptions, config: Any, checkpoint_dtype: DType) -> Bu
     """
     return BuildPlan(
         name=options.name,
-        runtime="openvino",
+        runtime="reference" if options.runtime == "reference" else "openvino",
         dtype=_choose_dtype(options, checkpoint_dtype),
         block_size=options.block_size or OPENVINO_BLOCK_SIZE,
         kv_cache_bytes=options.kv_cache_bytes,
@@ -69,6 +69,8 @@ def choose_max_model_len(wanted: int | None, config: Any, model: str) -> int:
 
 def _choose_dtype(options: BuildOptions, checkpoint_dtype: DType) -> DType:
     """OpenVINO's CPU plugin computes wrong results in float16: nothing may end up there."""
+    if options.runtime == "reference":
+        return checkpoint_dtype if options.dtype == "auto" else options.dtype
     if options.dtype == "float16":
         raise ConfigError(
             "--dtype float16 is computed wrongly by openvino on a CPU: use --dtype bfloat16, or float32"

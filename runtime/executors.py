@@ -13,6 +13,9 @@ from trtforge.runtime.memory_budget import available_memory_bytes, plan_memory, 
 
 logger = logging.getLogger(__name__)
 
+# Beside the manifest, where `trtforge compile-kernels` may have put the model's kernels.
+KERNELS_FOLDER = "kernels"
+
 
 def create_executor(manifest: Manifest, model_dir: Path, options: EngineOptions) -> Executor:
     """The executor for `manifest.runtime`, with the model in `model_dir` loaded.
@@ -20,6 +23,8 @@ def create_executor(manifest: Manifest, model_dir: Path, options: EngineOptions)
     Raises ConfigError for a runtime that this version or this machine cannot execute, and for a cache that
     cannot be had. A runtime's own packages are imported only if it is the one.
     """
+    if manifest.runtime == "reference":
+        return _create_reference_executor(manifest, model_dir, options)
     budget = plan_memory(manifest, options, available_memory_bytes())
     logger.info("%s", budget)
     if manifest.runtime == "openvino":
@@ -42,4 +47,27 @@ def create_executor(manifest: Manifest, model_dir: Path, options: EngineOptions)
     raise ConfigError(
         f"{model_dir} was built for the runtime {manifest.runtime!r}, which cannot be served yet: "
         "build it with --runtime openvino"
+    )
+
+
+def _create_reference_executor(manifest: Manifest, model_dir: Path, options: EngineOptions) -> Executor:
+    """On the GPU, if there is one, with the kernels that are in the model's folder."""
+    from trtforge.runtime.reference_executor import ReferenceExecutor, available_device_bytes, default_device
+
+    device = default_device()
+    launcher = None
+    if device.type == "cuda" and (model_dir / KERNELS_FOLDER).is_dir():
+        from trtforge.plugins.bundle import Bundle
+        from trtforge.plugins.launcher import Launcher
+
+        launcher = Launcher(Bundle.load(model_dir / KERNELS_FOLDER))
+    budget = plan_memory(manifest, options, available_device_bytes(device))
+    logger.info("%s", budget)
+    return ReferenceExecutor(
+        model_dir,
+        manifest.model_copy(update={"kv_cache": resize(manifest.kv_cache, budget)}),
+        device=device,
+        launcher=launcher,
+        threads=options.threads,
+        num_host_blocks=budget.num_host_blocks,
     )

@@ -17,6 +17,7 @@ from trtforge.runtime.block_moves import BlockMoves
 from trtforge.runtime.cache_arrays import move_blocks
 from trtforge.runtime.executor import Int32Array, KVCacheSpec, ModelInputs, ModelOutputs
 from trtforge.runtime.openvino_graph import BLOCK_SIZE, key_cache_input, read_graph, value_cache_input
+from trtforge.runtime.step_checks import check_step, require
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,9 @@ class OpenVINOExecutor:
         num_new = np.diff(inputs.cu_seqlens)
         past_lens = inputs.context_lens - num_new
         num_blocks_used = -(-inputs.context_lens // BLOCK_SIZE)
-        self._check(inputs, num_new, past_lens, num_blocks_used)
+        check_step(inputs, self._spec, self._vocab_size)
+        all_stored = bool((inputs.slot_mapping >= 0).all())
+        require(all_stored, "slot_mapping has negative slots, and OpenVINO stores every token")
         block_indices_begins = np.zeros_like(inputs.cu_seqlens)
         np.cumsum(num_blocks_used, out=block_indices_begins[1:])
         used = np.arange(inputs.block_tables.shape[1]) < num_blocks_used[:, None]
@@ -135,30 +138,6 @@ class OpenVINOExecutor:
         """Release the model and its cache."""
         self._request = None
         self._caches, self._host_caches = [], []
-
-    def _check(
-        self, inputs: ModelInputs, num_new: Int32Array, past_lens: Int32Array, num_blocks_used: Int32Array
-    ) -> None:
-        """Raise ValueError for what would write or read outside of what belongs to the step."""
-        num_tokens = len(inputs.input_ids)
-        tables = inputs.block_tables
-        _require(
-            int(inputs.cu_seqlens[-1]) == num_tokens, "cu_seqlens does not end with the number of tokens"
-        )
-        _require(bool((num_new > 0).all()), "a sequence has no new token")
-        _require(bool((past_lens >= 0).all()), "context_lens do not include the new tokens")
-        _require(int(num_blocks_used.max()) <= tables.shape[1], "block_tables are shorter than context_lens")
-        _require_range("input_ids", inputs.input_ids, self._vocab_size)
-        _require_range("block_tables", tables, self._spec.num_blocks)
-        _require_range("logits_indices", inputs.logits_indices, num_tokens)
-
-        rows = np.repeat(np.arange(len(num_new)), num_new)  # [T]: whose token it is
-        positions = np.arange(num_tokens) + (past_lens - inputs.cu_seqlens[:-1])[rows]
-        slots = tables[rows, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-        _require(
-            np.array_equal(slots, inputs.slot_mapping),
-            "slot_mapping differs from the block tables, and OpenVINO stores tokens nowhere else",
-        )
 
 
 def _check_manifest(manifest: Manifest) -> None:
@@ -202,12 +181,3 @@ def _bind_cache(request: ov.InferRequest, layout: KVCacheLayout) -> list[ov.Tens
             request.set_tensor(name, cache)
             caches.append(cache)
     return caches
-
-
-def _require(condition: bool, problem: str) -> None:
-    if not condition:
-        raise ValueError(problem)
-
-
-def _require_range(name: str, array: Int32Array, end: int) -> None:
-    _require(int(array.min()) >= 0 and int(array.max()) < end, f"{name} has values outside 0..{end - 1}")

@@ -15,8 +15,6 @@ import numpy.typing as npt
 import onnx
 import openvino as ov
 import openvino.opset13 as ops
-from google.protobuf.message import DecodeError
-from onnx.external_data_helper import ExternalDataInfo
 from openvino.frontend.onnx import ConversionExtension
 from openvino.op import _PagedAttentionExtension
 
@@ -24,6 +22,7 @@ from trtforge import wire
 from trtforge.errors import ConfigError, EngineBuildError
 from trtforge.manifest import LayerCache
 from trtforge.plugins.paged_attention.op import PAGED_ATTENTION
+from trtforge.runtime.graph_file import read_graph_file, weight_files
 from trtforge.runtime.openvino_passes import compute_in_float32, merge_projections
 
 BLOCK_SIZE = 32  # tokens; fixed in the CPU plugin
@@ -136,12 +135,7 @@ def read_graph(path: Path, layers: tuple[LayerCache, ...], *, transpose_weights:
 
 def _check_graph(path: Path, num_layers: int) -> None:
     """Refuse by name what would fail somewhere inside OpenVINO."""
-    try:
-        graph = onnx.load(str(path), load_external_data=False).graph
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: build the model again") from None
-    except DecodeError:
-        raise ConfigError(f"{path} is not an ONNX file: build the model again") from None
+    graph = read_graph_file(path, num_layers)
     for node in graph.node:
         if node.domain == _DOMAIN and node.op_type not in ("Linear", "PagedAttention"):
             raise ConfigError(
@@ -155,12 +149,11 @@ def _check_graph(path: Path, num_layers: int) -> None:
                     f"{path} {reason}, which OpenVINO's paged attention cannot: this model cannot be served "
                     "by the openvino runtime"
                 )
-    _check_weights(path.parent, graph)
-    caches = {value.name for value in graph.input} - {tensor.name for tensor in wire.GRAPH_INPUTS}
-    if caches != {wire.kv_cache_input(layer) for layer in range(num_layers)}:
-        raise ConfigError(
-            f"{path} has {len(caches)} cache inputs, its manifest {num_layers} layers: build the model again"
-        )
+    for file in weight_files(path.parent, graph):
+        if not file.resolve().is_relative_to(path.parent.resolve()):
+            raise ConfigError(
+                f"{file} is a link out of its folder, which OpenVINO does not follow: put the file there"
+            )
 
 
 def _unlike_openvino(node: onnx.NodeProto) -> str:
@@ -176,23 +169,6 @@ def _unlike_openvino(node: onnx.NodeProto) -> str:
     if "alibi_slopes" in given and "window" in attributes and attributes["window"].i != 0:
         return f"has alibi_slopes in a window of {attributes['window'].i} tokens"
     return ""
-
-
-def _check_weights(folder: Path, graph: onnx.GraphProto) -> None:
-    ends_bytes: dict[str, int] = {}
-    for tensor in graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            data = ExternalDataInfo(tensor)
-            end_bytes = (data.offset or 0) + (data.length or 0)
-            ends_bytes[data.location] = max(end_bytes, ends_bytes.get(data.location, 0))
-    for location, end_bytes in ends_bytes.items():
-        file = folder / location
-        if not file.is_file() or file.stat().st_size < end_bytes:
-            raise ConfigError(f"{file} is missing or cut short: build the model again")
-        if not file.resolve().is_relative_to(folder.resolve()):
-            raise ConfigError(
-                f"{file} is a link out of its folder, which OpenVINO does not follow: put the file there"
-            )
 
 
 # --------------------------------------------------------------------------- conversion of nodes

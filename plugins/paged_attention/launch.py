@@ -32,8 +32,8 @@ class Tiles:
 # All of these are unmeasured. They are chosen so that two buffers of keys and values fit in shared memory:
 # the load of block numbers takes stages of its own, and fewer than 5 leave one buffer.
 _NUM_STAGES = 5
-# These have 227 KiB of it a block, and multiply matrices of 64 rows or more out of it. All others are taken to
-# have 99 KiB, also 80, whose machine code runs on 86.
+# These have 227 KiB of it a block, and multiply matrices of 64 rows or more out of it. All others are taken
+# to have 99 KiB, also 80, whose machine code runs on 86.
 _LARGE = (90, 100)
 
 

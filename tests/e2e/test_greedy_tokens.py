@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trtforge.manifest import Limits, Manifest
 from trtforge.runtime.engine_core import EngineCore
 from trtforge.runtime.openvino_executor import OpenVINOExecutor
+from trtforge.runtime.reference_executor import ReferenceExecutor
 from trtforge.runtime.request import EngineRequest, SamplingParams
 
 PROMPT_LENGTHS = (3, 5, 8, 13, 16, 17, 31, 32, 33, 64, 65, 100, 150, 256, 400, 600)
@@ -58,9 +59,14 @@ def make_core(demo_repository: Path) -> Iterator[Callable[..., EngineCore]]:
     manifest = Manifest.load(model_dir)
     executors = []
 
-    def make(*, num_blocks: int = 256, **limits: int) -> EngineCore:
+    def make(
+        *,
+        executor_type: type[OpenVINOExecutor | ReferenceExecutor] = OpenVINOExecutor,
+        num_blocks: int = 256,
+        **limits: int,
+    ) -> EngineCore:
         cache = manifest.kv_cache.model_copy(update={"num_blocks": num_blocks})
-        executor = OpenVINOExecutor(model_dir, manifest.model_copy(update={"kv_cache": cache}), threads=0)
+        executor = executor_type(model_dir, manifest.model_copy(update={"kv_cache": cache}), threads=0)
         executors.append(executor)
         chosen = {"max_model_len": 1024, "max_num_seqs": 32, "max_num_batched_tokens": 2048} | limits
         return EngineCore(executor, Limits(**chosen), manifest.model.eos_token_ids, manifest.model.vocab_size)
@@ -115,3 +121,9 @@ def test_preemption(reference: Reference, make_core: Callable[..., EngineCore]) 
     core = make_core(num_blocks=24, max_model_len=768)
     assert run(core, reference.prompts) == reference.tokens
     assert core.num_preemptions > 0
+
+
+def test_reference_executor(reference: Reference, make_core: Callable[..., EngineCore]) -> None:
+    """From the same files, which do not depend on the runtime."""
+    core = make_core(executor_type=ReferenceExecutor)
+    assert run(core, reference.prompts[:6], every=2) == reference.tokens[:6]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,19 +17,31 @@ from trtforge.runtime.block_moves import BlockMoves
 from trtforge.runtime.executor import Executor, Float32Array, KVCacheSpec
 from trtforge.runtime.fake_executor import FakeExecutor
 from trtforge.runtime.openvino_executor import OpenVINOExecutor
+from trtforge.runtime.reference_executor import ReferenceExecutor
 
 VOCAB_SIZE = 128
 SPEC = KVCacheSpec(block_size=32, num_blocks=24, num_host_blocks=4)
 
 Drive = Callable[..., Any]  # see the fixture of this name
 
+ON_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no NVIDIA GPU"),
+]
 
-@pytest.fixture(scope="module", params=["fake", "openvino"])
+
+@pytest.fixture(
+    scope="module",
+    params=["fake", "openvino", "reference", pytest.param("reference-cuda", marks=ON_GPU)],
+)
 def make_executor(request: pytest.FixtureRequest) -> Callable[[], Executor]:
     """Makes executors of one kind whose logits are the same function of a sequence's tokens."""
     if request.param == "fake":
         return lambda: FakeExecutor(VOCAB_SIZE, SPEC.num_blocks, SPEC.block_size, num_host_blocks=4)
     folder, manifest = request.getfixturevalue("export_tiny_llama")("float32")
+    if request.param.startswith("reference"):
+        device = torch.device("cuda" if request.param == "reference-cuda" else "cpu")
+        return lambda: ReferenceExecutor(folder, manifest, device=device, num_host_blocks=4)
     return lambda: OpenVINOExecutor(folder, manifest, threads=2, num_host_blocks=4)
 
 
@@ -138,6 +151,7 @@ BAD_STEPS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "table too short": lambda step: {"block_tables": step.block_tables[:, :-1].copy()},
     "slot of another block": lambda step: {"slot_mapping": _changed(step.slot_mapping, 5, 0)},
     "context without the new tokens": lambda step: {"context_lens": step.context_lens - 1},
+    "positions of other tokens": lambda step: {"position_ids": step.position_ids + 1},
     "row that does not exist": lambda step: {
         "logits_indices": _changed(step.logits_indices, 0, len(step.input_ids))
     },

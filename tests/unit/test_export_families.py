@@ -1,24 +1,34 @@
 """Every family of decoders becomes one packed graph that computes what Hugging Face computes.
 
-Tiny random models are saved as checkpoints, exported from the meta device, and the files are run by ONNX
-Runtime through the operators' function bodies, in steps that mix prefill, chunked prefill and decode.
+Tiny random models are saved as checkpoints and exported from the meta device. The files are run by ONNX
+Runtime through the operators' function bodies, and by the reference executor, in steps that mix prefill,
+chunked prefill and decode.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trtforge import wire
 from trtforge.builder.checkpoint import Checkpoint
-from trtforge.builder.export import export_model, write_graph
+from trtforge.builder.export import ExportedModel, export_model, write_graph
+from trtforge.manifest import Manifest
 from trtforge.plugins.function_bodies import add_function_bodies
+from trtforge.runtime.graph_file import read_graph_file
+from trtforge.runtime.reference_executor import ReferenceExecutor
+from trtforge.runtime.torch_graph import Node, compile_graph
+from trtforge.runtime.torch_operation import Operation, torch_dtype
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 24
@@ -134,7 +144,7 @@ def save_random_model(family: str, folder: Path) -> None:
 class PagedRunner:
     """Runs an exported graph step by step; remembers each sequence's tokens and blocks."""
 
-    def __init__(self, folder: Path, exported) -> None:
+    def __init__(self, folder: Path, exported: ExportedModel) -> None:
         graph = folder / "with_bodies.onnx"
         model = onnx.load(folder / "model.onnx", load_external_data=False)
         onnx.save(add_function_bodies(model), graph)
@@ -187,12 +197,26 @@ class PagedRunner:
         }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_packed_steps_equal_hugging_face(family: str, tmp_path: Path) -> None:
-    save_random_model(family, tmp_path / "hf")
-    exported = export_model(Checkpoint.open(str(tmp_path / "hf")), "float32")
-    write_graph(exported, tmp_path / "graph")
-    runner = PagedRunner(tmp_path / "graph", exported)
+@dataclass(frozen=True)
+class Family:
+    """An exported model, a schedule of steps, and the logits that Hugging Face has for each text."""
+
+    folder: Path
+    exported: ExportedModel
+    steps: list[tuple[dict[str, list[int]], int]]  # new tokens by text, and rows of padding
+    expected: dict[str, np.ndarray]
+
+    def check(self, logits: dict[str, np.ndarray]) -> None:
+        for name, expected in self.expected.items():
+            np.testing.assert_allclose(logits[name], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    folder = tmp_path_factory.mktemp(request.param)
+    save_random_model(request.param, folder / "hf")
+    exported = export_model(Checkpoint.open(str(folder / "hf")), "float32")
+    write_graph(exported, folder / "graph")
 
     rng = np.random.default_rng(1)
     texts = {name: rng.integers(3, 128, size).tolist() for name, size in (("a", 13), ("b", 9), ("c", 5))}
@@ -203,17 +227,54 @@ def test_packed_steps_equal_hugging_face(family: str, tmp_path: Path) -> None:
         ({"c": c[4:], "a": a[12:], "b": b[7:8]}, 0),  # decodes, in another order
         ({"b": b[8:]}, 2),
     ]
-    logits: dict[str, list[np.ndarray]] = {name: [] for name in texts}
-    for new_tokens, num_padding in steps:
+    hf = AutoModelForCausalLM.from_pretrained(
+        folder / "hf", dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    with torch.no_grad():
+        expected = {
+            name: hf(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+            for name, tokens in texts.items()
+        }
+    return Family(folder / "graph", exported, steps, expected)
+
+
+def test_packed_steps_equal_hugging_face(family: Family) -> None:
+    runner = PagedRunner(family.folder, family.exported)
+    logits: dict[str, list[np.ndarray]] = {name: [] for name in family.expected}
+    for new_tokens, num_padding in family.steps:
         for name, rows in runner.step(new_tokens, num_padding).items():
             logits[name].append(rows)
+    family.check({name: np.concatenate(rows) for name, rows in logits.items()})
 
-    hf = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "hf", dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-    )
-    for name, tokens in texts.items():
-        with torch.no_grad():
-            expected = hf(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
-        np.testing.assert_allclose(
-            np.concatenate(logits[name]), expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+
+def test_reference_executor_equals_hugging_face(
+    family: Family, make_manifest: Callable[..., Manifest], drive: Callable[..., Any]
+) -> None:
+    manifest = make_manifest(family.exported.layers, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS)
+    executor = ReferenceExecutor(family.folder, manifest, device=torch.device("cpu"))
+    blocks = np.random.default_rng(0).permutation(NUM_BLOCKS).tolist()
+    family.check(drive(executor, blocks).run(new_tokens for new_tokens, _ in family.steps))
+
+
+def test_standard_operators_never_wait_for_the_device(family: Family) -> None:
+    """A CUDA graph could not contain them. Tensors of the meta device have no data that could be read."""
+
+    def nothing_but_shapes(node: Node) -> Operation:
+        if node.op_type == "Linear":
+            return functional.linear
+        # The first input's shape is the first output's, the cache is the second output.
+        return lambda *inputs: inputs[:1] if len(node.outputs) == 1 else (inputs[0], inputs[3])
+
+    meta = torch.device("meta")
+    graph = read_graph_file(family.folder / "model.onnx", len(family.exported.layers))
+    program = compile_graph(graph, family.folder, meta, nothing_but_shapes)
+    sizes = {"T": 5, "R": 3, "B": 2, "B_plus_1": 3, "max_blocks": 4, "num_blocks": 7, "block_size": 4}
+    inputs = {
+        value.name: torch.empty(
+            [dim.dim_value or sizes[dim.dim_param] for dim in value.type.tensor_type.shape.dim],
+            dtype=torch_dtype(value.type.tensor_type.elem_type),
+            device=meta,
         )
+        for value in graph.input
+    }
+    assert program.run(inputs).shape == (3, 128)

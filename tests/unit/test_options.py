@@ -118,6 +118,14 @@ def test_openvino_never_computes_in_float16() -> None:
         make_plan(options(dtype="float16"), LlamaConfig(), "float16")
 
 
+def test_reference_runtime_takes_every_dtype_and_block_size() -> None:
+    assert make_plan(options(), LlamaConfig(), "float32").runtime == "openvino"
+    plan = make_plan(options(runtime="reference", block_size=16), LlamaConfig(), "float16")
+    assert (plan.runtime, plan.dtype, plan.block_size) == ("reference", "float16", 16)
+    plan = make_plan(options(runtime="reference", dtype="bfloat16"), LlamaConfig(), "float16")
+    assert (plan.dtype, plan.block_size) == ("bfloat16", 32)
+
+
 @pytest.mark.parametrize(("layers", "bytes_per_token"), [(LLAMA_3_8B, 131072), (SMOLLM2, 23040)])
 def test_kv_cache_bytes_per_token(layers: tuple[LayerCache, ...], bytes_per_token: int) -> None:
     layout = plan_kv_cache(plan(), layers)
