@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from trtforge.plugins.fp8_gemm import cases as fp8_gemm
@@ -15,8 +16,14 @@ from trtforge.plugins.launch import Call, Kernel
 from trtforge.plugins.op import Array, AttributeValue
 from trtforge.plugins.operators import OPERATORS
 from trtforge.plugins.paged_attention import cases as paged_attention
+from trtforge.plugins.rms_norm import cases as rms_norm
+from trtforge.plugins.rope import cases as rope
+from trtforge.plugins.silu_mul import cases as silu_mul
 
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+# Of operators that compute in float32 and round once: one spacing of the dtype, and where terms cancel.
+SPACING = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
+NEAR_ZERO = 1e-6
 # A torch tensor is made from the same bits in a type that numpy has.
 _CARRIERS = {"bfloat16": (np.int16, torch.bfloat16), "float8_e4m3fn": (np.uint8, torch.float8_e4m3fn)}
 
@@ -63,6 +70,23 @@ def all_samples() -> Iterator[Sample]:
             inputs = fp8_gemm.random_inputs(fp8_case, dtype, ml_dtypes.float8_e4m3fn)
             tolerances = fp8_gemm.RELATIVE[dtype_name], fp8_gemm.ABSOLUTE
             yield Sample("Fp8Gemm", f"{name}-{dtype_name}", inputs, fp8_case.attributes, *tolerances)
+        for operator, name, inputs, attributes in _fused(dtype):
+            tolerances = SPACING[dtype_name], NEAR_ZERO
+            yield Sample(operator, f"{name}-{dtype_name}", inputs, attributes, *tolerances)
+
+
+def _fused(
+    dtype: npt.DTypeLike,
+) -> Iterator[tuple[str, str, Mapping[str, Array], Mapping[str, AttributeValue]]]:
+    """Operator, case, inputs and attributes."""
+    for name, shape in rms_norm.CASES.items():
+        yield "AddRmsNorm", name, rms_norm.inputs(shape, dtype), {"eps": rms_norm.EPS}
+    for name, shape in silu_mul.CASES.items():
+        for activation in ("silu", "gelu_tanh"):
+            attributes = {"activation": activation}
+            yield "SiluMul", f"{name}-{activation}", silu_mul.inputs(shape, dtype), attributes
+    for name, case in rope.CASES.items():
+        yield "Rope", name, rope.inputs(case, dtype), case.attributes
 
 
 def kernels_of(calls: Iterator[tuple[str, Call]], arch: int) -> list[Kernel]:
