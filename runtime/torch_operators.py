@@ -39,7 +39,7 @@ class Operators:
         self._native: Mapping[str, tuple[Operation, int]] = {
             "Linear": (functional.linear, 3),
             "MoeExperts": (moe_experts, 7),
-            "PagedAttention": (TorchAttention(), 9),
+            "PagedAttention": (TorchAttention(), 12),
         }
         # Operators met so far whose operations wait for the device: a CUDA graph cannot contain them.
         self.waiting: set[str] = set()
@@ -122,7 +122,7 @@ def run_reference(
     device = next(iter(given.values())).device
     outputs = {}
     for declared, result in zip(spec.outputs, results, strict=True):
-        output = _from_numpy(result).to(device)
+        output = from_numpy(result).to(device)
         if declared.name in spec.aliases:
             output = given[spec.aliases[declared.name]].copy_(output)
         outputs[declared.name] = output
@@ -137,7 +137,8 @@ def _to_numpy(tensor: Tensor) -> Array:
     return tensor.numpy()
 
 
-def _from_numpy(array: Array) -> Tensor:
+def from_numpy(array: Array) -> Tensor:
+    """A tensor of the same type, also of those that torch does not take from numpy."""
     array = np.ascontiguousarray(array)
     for torch_dtype, (bits, dtype) in _ML_DTYPES.items():
         if array.dtype == dtype:

@@ -22,12 +22,14 @@ from trtforge.manifest import DType, LayerCache, Manifest
 from trtforge.plugins.launch import Call, Gpu, Kernel, Kernels, Launch, Plan
 from trtforge.plugins.op import FLOATS, Attribute, OpSpec, Tensor
 from trtforge.plugins.operators import OPERATORS
+from trtforge.plugins.paged_attention.cases import CASES, TOLERANCE, Case, make_inputs
 from trtforge.runtime.decode_graphs import batch_sizes, pad_decode
 from trtforge.runtime.executors import create_executor
 from trtforge.runtime.kernel_calls import KernelCalls
 from trtforge.runtime.reference_executor import ReferenceExecutor
+from trtforge.runtime.torch_attention import TorchAttention
 from trtforge.runtime.torch_graph import Node
-from trtforge.runtime.torch_operators import Operators, run_reference
+from trtforge.runtime.torch_operators import Operators, from_numpy, run_reference
 
 Drive = Callable[..., Any]
 Export = Callable[[DType], tuple[Path, Manifest]]
@@ -170,56 +172,32 @@ def node(op_type: str, num_inputs: int, **attributes: Any) -> Node:
     return Node(op_type, "trtforge", inputs, ("y",), attributes)
 
 
-ATTENTION_CASES = {
-    "prefill": ([5, 9, 5], [5, 9, 5], {}),
-    "decode": ([1, 1, 1], [1, 8, 13], {}),
-    "mixed": ([4, 1, 7, 1], [11, 5, 7, 16], {}),
-    "idle": ([3, 0, 0], [3, 6, 0], {}),
-    "window": ([6, 1], [13, 17], {"window": 5}),
-    "softcap": ([6, 1], [6, 9], {"softcap": 3.0}),
-}
-
-
-def attention_inputs(new_lens: list[int], context_lens: list[int], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Blocks of 4 with NaN where nothing is stored, a token that is not stored, two of no sequence."""
-    heads, kv_heads, dim = 6, 2, 8
-    blocks = iter(RNG.permutation(24).tolist())
-    tables = np.full((len(new_lens), 6), -1, np.int32)
-    cache = torch.full((24, 2, 4, kv_heads, dim), torch.nan)
-    slots: list[int] = []
-    for row, (new, context) in enumerate(zip(new_lens, context_lens, strict=True)):
-        used = -(-context // 4)
-        tables[row, :used] = [next(blocks) for _ in range(used)]
-        positions = np.arange(context)
-        taken = tables[row, positions // 4] * 4 + positions % 4
-        cache[taken // 4, :, taken % 4] = normal(context, 2, kv_heads, dim)
-        slots += taken[context - new :].tolist()
-    slots[0] = -1
-    num_tokens = len(slots) + 2
-    q, k, v = (
-        normal(num_tokens, heads, dim),
-        normal(num_tokens, kv_heads, dim),
-        normal(num_tokens, kv_heads, dim),
-    )
-    arrays = [tables, np.cumsum([0, *new_lens]), np.array(context_lens), np.array([*slots, -1, -1])]
-    metadata = [torch.from_numpy(array.astype(np.int32)) for array in arrays]
-    return [*(tensor.to(dtype) for tensor in (q, k, v, cache)), *metadata, normal(heads).to(dtype)]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_inputs", [8, 9], ids=["", "sinks"])
-@pytest.mark.parametrize("case", ATTENTION_CASES)
-def test_attention_equals_its_reference(case: str, num_inputs: int, dtype: torch.dtype) -> None:
-    new_lens, context_lens, attributes = ATTENTION_CASES[case]
-    attributes = {"scale": 0.3, "window": 0, "softcap": 0.0} | attributes
-    inputs = attention_inputs(new_lens, context_lens, dtype)[:num_inputs]
+@pytest.mark.parametrize("case", [case for case in CASES if case.quick], ids=lambda case: case.name)
+def test_attention_equals_its_reference(case: Case) -> None:
+    operator = OPERATORS["PagedAttention"]
+    arrays = make_inputs(case)
+    inputs = [
+        from_numpy(arrays[tensor.name]) if tensor.name in arrays else None for tensor in operator.spec.inputs
+    ]
     expected, expected_cache = run_reference(
-        OPERATORS["PagedAttention"], attributes, *(tensor.clone() for tensor in inputs)
+        operator, case.attributes, *(None if tensor is None else tensor.clone() for tensor in inputs)
     )
-    out, cache = Operators(None).make(node("PagedAttention", num_inputs, **attributes))(*inputs)
+    operation = Operators(None).make(node("PagedAttention", len(inputs), **case.attributes))
+    out, cache = operation(*inputs)
     assert cache is inputs[3]
-    torch.testing.assert_close(cache, expected_cache, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(out, expected, rtol=0, atol=2e-6 if dtype == torch.float32 else 0.02)
+    assert torch.equal(cache.view(torch.uint8), expected_cache.view(torch.uint8))
+    num_tokens = sum(new for new, _ in case.lens)
+    torch.testing.assert_close(out[:num_tokens], expected[:num_tokens], rtol=0, atol=TOLERANCE[case.dtype])
+
+
+def test_attention_of_many_queries_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(case for case in CASES if case.name == "all-features")
+    inputs = {name: from_numpy(array) for name, array in make_inputs(case).items()}
+    arguments = [inputs.get(tensor.name) for tensor in OPERATORS["PagedAttention"].spec.inputs]
+    whole, _ = TorchAttention()(*arguments, **case.attributes)
+    monkeypatch.setattr("trtforge.runtime.torch_attention._MAX_SCORES", 5000)
+    chunked, _ = TorchAttention()(*arguments, **case.attributes)
+    torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-2, equal_nan=True)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swiglu_oai"])
