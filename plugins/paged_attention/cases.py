@@ -20,8 +20,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "int8": np.dtype(np.int8),
 }
 
-K_SCALE, V_SCALE = np.float32(0.03), np.float32(0.02)  # of int8; normal values use its range
-_E4M3_SCALE = np.float32(0.5)
+# Scales of keys and values, with which normal values use an 8-bit type's range.
+_SCALES = {"int8": (0.03, 0.02), "float8_e4m3fn": (0.5, 1.0), "bfloat16": (0.5, 2.0)}
 
 # How far from the reference kernels, and bodies of the same dtype, may be. All sum in float32, but the
 # reference rounds once, and the others round weights too (at most 1, so that this is the smaller part): where
@@ -46,6 +46,7 @@ class Case:
     softcap: float = 0.0
     sinks: bool = False
     alibi: bool = False
+    scaled: bool = False  # a cache of bfloat16 has scales too; one of 8 bits always does
     padding: int = 0  # tokens of no sequence
     max_context: int = 0  # room in the block tables; 0: what the longest sequence needs
     quick: bool = False  # in the trimmed list, for Triton's interpreter
@@ -69,7 +70,8 @@ CASES = (
     Case("mixed-float16", MIXED, dtype="float16", quick=True),
     Case("prefill", ((70, 70), (3, 3)), quick=True),
     Case("prefill-of-one", ((150, 150),), quick=True),
-    Case("chunk", ((40, 200),), quick=True),
+    # What the first token sees ends just before, at and behind the end of a tile of 64.
+    Case("chunks", ((40, 102), (40, 103), (40, 104)), quick=True),
     Case("decode", DECODE, quick=True),
     Case("decode-split", DECODE, max_context=4096, quick=True),
     Case("decode-of-one", ((1, 700),), quick=True),
@@ -77,15 +79,20 @@ CASES = (
     Case("idle-sequences", ((3, 40), (0, 12), (0, 0), (1, 33)), quick=True),
     Case("padded", ((1, 20), (1, 5), (0, 0), (0, 0)), padding=2, max_context=2048, quick=True),
     Case("padded-prefill", ((20, 30), (0, 0)), padding=12, quick=True),
-    Case("long-among-idle", ((5, 520), *[(0, 0)] * 4), heads=16, max_context=2048, quick=True),
+    # No more tokens than sequences, though one of them has several.
+    Case("long-among-idle", ((5, 520), (1, 300), *[(0, 0)] * 4), heads=16, max_context=2048, quick=True),
     Case("window", MIXED, window=20, quick=True),
     Case("window-decode", DECODE, window=9, quick=True),
     Case("window-split", ((1, 900), (1, 40)), window=600, quick=True),
     Case("window-of-one", ((6, 20), (1, 30)), window=1, quick=True),
     Case("softcap", MIXED, softcap=3.0, quick=True),
-    Case("sinks", MIXED, sinks=True, max_context=2048, quick=True),
+    Case("sinks", MIXED, sinks=True, quick=True),
     Case("alibi", MIXED, alibi=True, quick=True),
-    Case("all-features", MIXED, window=50, softcap=5.0, sinks=True, alibi=True, max_context=2048, quick=True),
+    Case("all-features", MIXED, window=50, softcap=5.0, sinks=True, alibi=True, quick=True),
+    Case(
+        "all-features-split", ((1, 700), (2, 300), (1, 9)), window=650, softcap=5.0, sinks=True, alibi=True,
+        max_context=2048, quick=True,
+    ),
     *(
         Case(f"head-dim-{dim}", MIXED[:4], heads=4, head_dim=dim, block_size=32, quick=dim in (80, 256))
         for dim in (80, 96, 128, 256)
@@ -101,6 +108,7 @@ CASES = (
     Case("int8", MIXED, cache_dtype="int8", quick=True),
     Case("int8-float16", MIXED, dtype="float16", cache_dtype="int8"),
     Case("int8-split", DECODE, cache_dtype="int8", max_context=4096),
+    Case("scaled", MIXED, scaled=True, quick=True),
     Case("llama-8b-mixed", ((1, 1000), (1, 3), (300, 900), (1, 513)), 32, 8, 128, 64),
     Case("llama-8b-e4m3", ((1, 1000), (1, 3), (300, 900)), 32, 8, 128, 64, cache_dtype="float8_e4m3fn"),
     Case("gpt-oss-window", ((1, 1000), (200, 300)), 64, 8, 64, 64, window=128, sinks=True),
@@ -111,8 +119,9 @@ CASES = (
 def make_inputs(case: Case) -> dict[str, Array]:
     """The operator's inputs by name, the same in every call.
 
-    What must not be read is poison: slots of the cache beyond a sequence's tokens (NaN, or the number of
-    the largest magnitude), entries of block tables beyond its blocks (-1), the queries of no sequence (NaN).
+    What must not be read is poison: slots of the cache that hold no token which is seen (NaN, or the number
+    of the largest magnitude), entries of block tables for blocks without such tokens (-1), and what is of no
+    sequence (NaN).
     """
     rng = np.random.default_rng([case.heads, case.head_dim, *(new + total for new, total in case.lens)])
     dtype, kv_dtype = DTYPES[case.dtype], DTYPES[case.kv_dtype]
@@ -125,10 +134,11 @@ def make_inputs(case: Case) -> dict[str, Array]:
         positions = np.arange(total)
         blocks, offsets = tables[sequence, positions // case.block_size], positions % case.block_size
         slots.append((blocks * case.block_size + offsets)[total - new :])
-        past = total - new  # only these are in the cache before the step
+        past = slice(_first_seen(case, new, total), total - new)
         for kind, scale in enumerate((scales.get("k_scale"), scales.get("v_scale"))):
-            x = _normal(rng, past, case.kv_heads, case.head_dim) / (1 if scale is None else scale)
-            cache[blocks[:past], kind, offsets[:past]] = as_stored(x, kv_dtype)
+            x = _normal(rng, total, case.kv_heads, case.head_dim) / (1 if scale is None else scale)
+            cache[blocks[past], kind, offsets[past]] = as_stored(x, kv_dtype)[past]
+        tables[sequence, : past.start // case.block_size] = -1  # has left the window
     num_tokens = int(new_lens.sum()) + case.padding
     inputs = {
         "q": _normal(rng, num_tokens, case.heads, case.head_dim).astype(dtype),
@@ -149,6 +159,10 @@ def make_inputs(case: Case) -> dict[str, Array]:
     return inputs | scales
 
 
+def _first_seen(case: Case, new: int, total: int) -> int:
+    return max(0, total - new - case.window + 1) if case.window else 0
+
+
 def _block_tables(rng: np.random.Generator, case: Case, context_lens: Array) -> tuple[Array, int]:
     used = -(-context_lens // case.block_size)
     num_blocks = int(used.sum()) + 3
@@ -161,11 +175,10 @@ def _block_tables(rng: np.random.Generator, case: Case, context_lens: Array) -> 
 
 
 def _scales(case: Case) -> dict[str, Array]:
-    if case.kv_dtype == "int8":
-        return {"k_scale": K_SCALE.reshape(1), "v_scale": V_SCALE.reshape(1)}
-    if case.kv_dtype == "float8_e4m3fn":
-        return {"k_scale": _E4M3_SCALE.reshape(1), "v_scale": 2 * _E4M3_SCALE.reshape(1)}
-    return {}
+    if case.kv_dtype not in ("int8", "float8_e4m3fn") and not case.scaled:
+        return {}
+    k_scale, v_scale = _SCALES[case.kv_dtype]
+    return {"k_scale": np.array([k_scale], np.float32), "v_scale": np.array([v_scale], np.float32)}
 
 
 def _poison(dtype: np.dtype[Any]) -> Array:

@@ -188,7 +188,7 @@ def _attend(
         if HAS_ALIBI:
             scores += slope[:, None] * (seen[None, :] - position[:, None]).to(tl.float32)
         if MASKED:
-            visible = (seen[None, :] <= position[:, None]) & exists[None, :]
+            visible = seen[None, :] <= position[:, None]
             if WINDOW:
                 visible = visible & (seen[None, :] > position[:, None] - WINDOW)
             scores = tl.where(visible, scores, HIDDEN)

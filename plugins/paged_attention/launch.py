@@ -87,28 +87,26 @@ def plan(call: Call, gpu: Gpu) -> Plan:
         max_decode = at_once
     else:
         max_decode = 0
+    max_context = max_blocks * layer.block_size
+    splits = _num_splits(layer, num_seqs, max_context, gpu.num_sms)
     numbers: dict[str, int | float] = {
         "num_seqs": num_seqs,
         "max_blocks": max_blocks,
         "scale": float(call.attributes["scale"]),
         "max_tokens": max_decode,
         "min_tokens": max_decode + 1,
-        "num_splits": _num_splits(layer, num_seqs, max_blocks * layer.block_size, gpu.num_sms),
+        "num_splits": splits,
     }
     launches = [_launch(layer, "append", (num_tokens, 1, 1), numbers)]
-    workspace = {}
     if max_decode:
-        splits = int(numbers["num_splits"])
         function = "decode" if splits == 1 else "decode_split"
         launches.append(_launch(layer, function, (num_seqs, layer.num_kv_heads, splits), numbers))
         if splits > 1:
             launches.append(_launch(layer, "combine", (num_seqs, layer.num_heads, 1), numbers))
-            rows = num_seqs * at_once * layer.num_heads * splits
-            workspace = {"partial_out": 4 * rows * layer.head_dim, "partial_lse": 4 * rows}
     if num_tokens > max_decode:
         num_tiles = num_tokens // (layer.prefill.rows // layer.group) + num_seqs
         launches.append(_launch(layer, "prefill", (num_tiles, layer.num_kv_heads, 1), numbers))
-    return Plan(tuple(launches), workspace)
+    return Plan(tuple(launches), _workspace(layer, num_seqs, max_context, gpu.num_sms))
 
 
 def choices(call: Call, arch: int) -> tuple[Kernel, ...]:
@@ -117,11 +115,29 @@ def choices(call: Call, arch: int) -> tuple[Kernel, ...]:
     return tuple(_kernel(layer, name) for name in ("append", "decode", "decode_split", "combine", "prefill"))
 
 
+def _max_splits(layer: _Layer, max_context: int) -> int:
+    return (min(max_context, layer.window) if layer.window else max_context) // _MIN_SPLIT_TOKENS
+
+
 def _num_splits(layer: _Layer, num_seqs: int, max_context: int, num_sms: int) -> int:
-    if layer.window:
-        max_context = min(max_context, layer.window)
     wanted = -(-_PROGRAMS_PER_SM * num_sms // (num_seqs * layer.num_kv_heads))
-    return max(1, min(wanted, max_context // _MIN_SPLIT_TOKENS))
+    return max(1, min(wanted, _max_splits(layer, max_context)))
+
+
+def _workspace(layer: _Layer, num_seqs: int, max_context: int, num_sms: int) -> dict[str, int]:
+    """What splits leave, in bytes, also of calls of fewer sequences and shorter contexts.
+
+    More sequences are split less, but a larger call must not need less memory than a smaller one.
+    """
+    max_splits = _max_splits(layer, max_context)
+    if max_splits < 2:
+        return {}
+    unsplit = -(-_PROGRAMS_PER_SM * num_sms // layer.num_kv_heads)  # as many sequences need no splits
+    seqs = min(num_seqs, unsplit)
+    # seqs * _num_splits is at most this: rounding up adds less than one split a sequence.
+    parts = min(unsplit + seqs, seqs * max_splits)
+    rows = parts * layer.num_heads * (layer.decode.rows // layer.group)
+    return {"partial_out": 4 * rows * layer.head_dim, "partial_lse": 4 * rows}
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,6 +137,12 @@ def test_plans_use_the_kernels_that_were_announced_and_only_those(capability: in
             shapes["block_tables"] = (num_seqs, max_blocks)
             plan = launch.plan(replace(call, shapes=shapes), Gpu(capability, int(rng.integers(1, 200))))
             used |= {step.kernel for step in plan.launches}
+            for step in plan.launches:
+                constants = dict(step.kernel.constants)
+                if constants.get("SPLIT"):  # every token of a tile of every sequence, in float32
+                    parts = num_seqs * (constants["ROWS"] // constants["GROUP"]) * heads * step.grid[2]
+                    assert plan.workspace["partial_out"] >= 4 * parts * case.head_dim
+                    assert plan.workspace["partial_lse"] >= 4 * parts
             assert all(0 < y < 2**16 and 0 < z < 2**16 for _, y, z in (step.grid for step in plan.launches))
         assert used == set(announced)
 
