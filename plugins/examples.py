@@ -13,7 +13,7 @@ from trtforge.plugins.paged_attention.op import PAGED_ATTENTION
 _GROUP_SIZE = 128  # input features that share a scale of a 4-bit weight
 
 
-def _attention(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int) -> Call:
+def _attention(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, cache: str) -> Call:
     shapes: dict[str, tuple[int, ...]] = {
         "q": (-1, num_heads, head_dim),
         "k": (-1, num_kv_heads, head_dim),
@@ -24,7 +24,11 @@ def _attention(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int
         "context_lens": (-1,),
         "slot_mapping": (-1,),
     }
-    dtypes = dict.fromkeys(shapes, "int32") | dict.fromkeys(("q", "k", "v", "kv_cache"), "bfloat16")
+    dtypes = dict.fromkeys(shapes, "int32") | dict.fromkeys(("q", "k", "v"), "bfloat16")
+    dtypes["kv_cache"] = cache
+    if cache == "float8_e4m3fn":
+        shapes |= {"k_scale": (1,), "v_scale": (1,)}
+        dtypes |= {"k_scale": "float32", "v_scale": "float32"}
     return Call(shapes, dtypes, {"scale": head_dim**-0.5, "window": 0, "softcap": 0.0})
 
 
@@ -55,11 +59,12 @@ def _fp8(out_features: int, in_features: int, activation: str) -> Call:
 def _llama_8b() -> tuple[tuple[OpSpec, Call], ...]:
     """32 heads and 8 KV heads of 128, hidden size 4096, MLP 14336; blocks of 32 tokens.
 
-    With weights of 4 and of 8 bits, the latter also with activations of 8 bits.
+    With caches of 16 and of 8 bits, and weights of 4 and of 8 bits, the latter also with activations of 8.
     """
     weights = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
+    caches = ("bfloat16", "float8_e4m3fn")
     return (
-        (PAGED_ATTENTION, _attention(32, 8, 128, block_size=32)),
+        *((PAGED_ATTENTION, _attention(32, 8, 128, block_size=32, cache=cache)) for cache in caches),
         *((INT4_GEMM, _int4(*weight)) for weight in weights),
         *((FP8_GEMM, _fp8(*weight, activation)) for weight in weights for activation in ("none", "dynamic")),
     )
