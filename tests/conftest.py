@@ -7,6 +7,8 @@ import os
 # Triton looks at it when it is imported first, which here is when torch or xgrammar want it: kernels are
 # interpreted in the process of the tests, and compiled in processes of their own.
 os.environ["TRITON_INTERPRET"] = "1"
+# Torch's threads wait for each other: where others have the cores, two are many times slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import shutil
