@@ -13,6 +13,8 @@ from trtforge.plugins.launch import Kernels
 from trtforge.plugins.op import OpSpec
 from trtforge.plugins.paged_attention import launch as paged_attention
 from trtforge.plugins.paged_attention.op import PAGED_ATTENTION
+from trtforge.plugins.qk_norm import launch as qk_norm
+from trtforge.plugins.qk_norm.op import QK_NORM
 from trtforge.plugins.rms_norm import launch as rms_norm
 from trtforge.plugins.rms_norm.op import ADD_RMS_NORM
 from trtforge.plugins.rope import launch as rope
@@ -25,6 +27,7 @@ KERNELS: Mapping[OpSpec, Kernels] = {
     FP8_GEMM: Kernels(fp8_gemm.plan, fp8_gemm.choices),
     INT4_GEMM: Kernels(int4_gemm.plan, int4_gemm.choices),
     PAGED_ATTENTION: Kernels(paged_attention.plan, paged_attention.choices),
+    QK_NORM: Kernels(qk_norm.plan, qk_norm.choices),
     ROPE: Kernels(rope.plan, rope.choices),
     SILU_MUL: Kernels(silu_mul.plan, silu_mul.choices),
 }

@@ -21,6 +21,9 @@ from trtforge.plugins.operator import Operator
 from trtforge.plugins.paged_attention import function as paged_attention
 from trtforge.plugins.paged_attention.op import PAGED_ATTENTION
 from trtforge.plugins.paged_attention.reference import paged_attention as paged_attention_reference
+from trtforge.plugins.qk_norm import function as qk_norm
+from trtforge.plugins.qk_norm.op import QK_NORM
+from trtforge.plugins.qk_norm.reference import qk_norm as qk_norm_reference
 from trtforge.plugins.rms_norm import function as rms_norm
 from trtforge.plugins.rms_norm.op import ADD_RMS_NORM
 from trtforge.plugins.rms_norm.reference import add_rms_norm as add_rms_norm_reference
@@ -38,6 +41,7 @@ _PARTS = (
     (LINEAR, linear_reference, linear.write_body),
     (MOE_EXPERTS, moe_experts_reference, moe_experts.write_body),
     (PAGED_ATTENTION, paged_attention_reference, paged_attention.write_body),
+    (QK_NORM, qk_norm_reference, qk_norm.write_body),
     (ROPE, rope_reference, rope.write_body),
     (SILU_MUL, silu_mul_reference, silu_mul.write_body),
 )

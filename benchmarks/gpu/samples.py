@@ -16,6 +16,7 @@ from trtforge.plugins.launch import Call, Kernel
 from trtforge.plugins.op import Array, AttributeValue
 from trtforge.plugins.operators import OPERATORS
 from trtforge.plugins.paged_attention import cases as paged_attention
+from trtforge.plugins.qk_norm import cases as qk_norm
 from trtforge.plugins.rms_norm import cases as rms_norm
 from trtforge.plugins.rope import cases as rope
 from trtforge.plugins.silu_mul import cases as silu_mul
@@ -87,6 +88,8 @@ def _fused(
             yield "SiluMul", f"{name}-{activation}", silu_mul.inputs(shape, dtype), attributes
     for name, case in rope.CASES.items():
         yield "Rope", name, rope.inputs(case, dtype), case.attributes
+    for name, norm_case in qk_norm.CASES.items():
+        yield "QkNorm", name, qk_norm.inputs(norm_case, dtype), norm_case.attributes
 
 
 def kernels_of(calls: Iterator[tuple[str, Call]], arch: int) -> list[Kernel]:

@@ -1,4 +1,4 @@
-"""AddRmsNorm, SiluMul and Rope: kernels and function bodies against references, and those against torch."""
+"""AddRmsNorm, QkNorm, SiluMul, Rope: kernels and function bodies against references, those against torch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import pytest
 import torch
 from kernel_harness.onnx_body import run_body
 from kernel_harness.sass import Sass
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as rotate_glm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rotate_llama
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from trtforge.errors import PluginError
 from trtforge.plugins.launch import Call, Gpu, Kernel
 from trtforge.plugins.operators import OPERATORS
+from trtforge.plugins.qk_norm import cases as qk_norm_cases
 from trtforge.plugins.rms_norm import cases as rms_norm_cases
 from trtforge.plugins.rope import cases as rope_cases
 from trtforge.plugins.silu_mul import cases as silu_mul_cases
@@ -45,13 +48,17 @@ CASES = {
         for name, shape in silu_mul_cases.CASES.items()
     },
     **{f"Rope-{name}": (rope_cases.inputs, case, case.attributes) for name, case in rope_cases.CASES.items()},
+    **{
+        f"QkNorm-{name}": (qk_norm_cases.inputs, case, case.attributes)
+        for name, case in qk_norm_cases.CASES.items()
+    },
 }
 
 
-def assert_close(got: np.ndarray, expected: np.ndarray, atol: float = ABSOLUTE) -> None:
+def assert_close(got: np.ndarray, expected: np.ndarray, atol: float = ABSOLUTE, spacings: int = 1) -> None:
     assert got.dtype == expected.dtype
     np.testing.assert_allclose(
-        got.astype(np.float32), expected.astype(np.float32), rtol=RELATIVE[got.dtype], atol=atol
+        got.astype(np.float32), expected.astype(np.float32), rtol=spacings * RELATIVE[got.dtype], atol=atol
     )
 
 
@@ -79,6 +86,17 @@ def test_bodies_compute_what_the_reference_does(case: str) -> None:
     for output, expected in zip(got, reference(name, inputs, attributes), strict=True):
         # ONNX Runtime's sigmoid and tanh err by 1e-7, times a gate and an up of up to 40 each.
         assert_close(output, expected, atol=2e-4 if name == "SiluMul" else ABSOLUTE)
+
+
+@pytest.mark.parametrize("case", ["qwen3", "gemma3"])
+def test_the_body_of_qk_norm_rounds_once(case: str) -> None:
+    sizes = qk_norm_cases.CASES[case]
+    inputs = qk_norm_cases.inputs(sizes, np.float16)
+    got = run_body(OPERATORS["QkNorm"], inputs, sizes.attributes)
+    for output, expected in zip(got, reference("QkNorm", inputs, sizes.attributes), strict=True):
+        assert_close(output, expected)
+        # What is rounded twice is often another number, what is summed in another order seldom.
+        assert np.mean(output != expected) < 0.01
 
 
 def test_rope_takes_angles_of_another_dtype(interpret: Interpret) -> None:
@@ -113,6 +131,20 @@ def test_add_rms_norm_is_that_of_llama(dtype: type) -> None:
     np.testing.assert_allclose(y.astype(np.float32), expected, rtol=2 * RELATIVE[y.dtype])
 
 
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
+@pytest.mark.parametrize(("case", "norm_class"), [("qwen3", Qwen3RMSNorm), ("gemma3", Gemma3RMSNorm)])
+def test_qk_norm_is_that_of_models(case: str, norm_class: type[torch.nn.Module], dtype: type) -> None:
+    sizes = qk_norm_cases.CASES[case]
+    inputs = qk_norm_cases.inputs(sizes, dtype)
+    # Qwen3 rounds before it multiplies with the weight too, which is one spacing more; Gemma 3 rounds once.
+    spacings = 2 if norm_class is Qwen3RMSNorm else 1
+    for x, got in zip("qk", reference("QkNorm", inputs, sizes.attributes), strict=True):
+        norm = norm_class(sizes.head_dim, eps=sizes.attributes["eps"])
+        norm.weight.data = tensor(inputs[f"{x}_weight"])
+        expected = array(norm(tensor(inputs[x])))
+        assert_close(got, expected, spacings=spacings)
+
+
 @pytest.mark.parametrize("attributes", [SILU, GELU], ids=["silu", "gelu_tanh"])
 def test_silu_mul_is_that_of_torch(attributes: dict) -> None:
     inputs = silu_mul_cases.inputs((7, 2, 60), np.float32)
@@ -140,7 +172,8 @@ def test_rope_is_that_of_models(case: str, rotate: Callable, expand: Callable) -
         assert_close(got, array(expected[:, :, 0]))
 
 
-LLAMA_8B = {  # at any number of tokens
+# Of Llama 3 8B, QkNorm of Qwen3 8B; at any number of tokens.
+CALLS = {
     "AddRmsNorm": Call(
         {"x": (-1, 4096), "residual": (-1, 4096), "weight": (4096,)},
         dict.fromkeys(("x", "residual", "weight"), "bfloat16"),
@@ -152,26 +185,31 @@ LLAMA_8B = {  # at any number of tokens
         dict.fromkeys(("q", "k", "cos", "sin"), "bfloat16"),
         {"interleaved": 0, "rotary_dim": 0},
     ),
+    "QkNorm": Call(
+        {"q": (-1, 32, 128), "k": (-1, 8, 128), "q_weight": (128,), "k_weight": (128,)},
+        dict.fromkeys(("q", "k", "q_weight", "k_weight"), "bfloat16"),
+        {"eps": 1e-6, "unit_offset": 0},
+    ),
 }
 
 
-@pytest.mark.parametrize("name", LLAMA_8B)
+@pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("arch", [80, 90])
 def test_machine_code_loads_16_bytes_at_once(sass_of: SassOf, name: str, arch: int) -> None:
     kernels = OPERATORS[name].kernels
     assert kernels is not None
-    (kernel,) = kernels.choices(LLAMA_8B[name], arch)
+    (kernel,) = kernels.choices(CALLS[name], arch)
     sass = sass_of(kernel, arch)
     assert sass.spills == sass.stack_bytes == 0 < sass.wide_loads
     # Rope's cos and sin are 128 bytes each, which a warp loads at once.
     assert sass.narrow_loads == (4 if name == "Rope" else 0)
 
 
-@pytest.mark.parametrize("name", LLAMA_8B)
+@pytest.mark.parametrize("name", CALLS)
 def test_one_kernel_serves_any_number_of_tokens(name: str) -> None:
     kernels = OPERATORS[name].kernels
     assert kernels is not None
-    call = LLAMA_8B[name]
+    call = CALLS[name]
     for num_tokens in (1, 5000):
         shapes = {
             tensor: tuple(num_tokens if size == -1 else size for size in shape)
@@ -191,12 +229,20 @@ def test_one_kernel_serves_any_number_of_tokens(name: str) -> None:
         ("Rope", {"k": (-1, 8, 64)}, {}, r"k has shape \(-1, 8, 64\), expected \(-1, 8, 128\)"),
         ("Rope", {"sin": (-1, 32)}, {}, "sin has shape"),
         ("Rope", {}, {"rotary_dim": 64}, "rotates 64 of 128 elements of a head, but cos and sin are of 64"),
+        ("QkNorm", {"k": (-1, 8, 64)}, {}, r"k has shape \(-1, 8, 64\), expected \(-1, 8, 128\)"),
+        ("QkNorm", {"k_weight": (8, 128)}, {}, r"k_weight has shape \(8, 128\), expected \(128,\)"),
+        (
+            "QkNorm",
+            {"q": (-1, 1, 2048), "k": (-1, 1, 2048), "q_weight": (2048,), "k_weight": (2048,)},
+            {},
+            "heads of 2048, at most 1024 are possible",
+        ),
     ],
 )
 def test_what_the_kernels_cannot_do_is_refused(
     name: str, shapes: dict, attributes: dict, message: str
 ) -> None:
-    call, kernels = LLAMA_8B[name], OPERATORS[name].kernels
+    call, kernels = CALLS[name], OPERATORS[name].kernels
     assert kernels is not None
     with pytest.raises(PluginError, match=message):
         kernels.choices(Call({**call.shapes, **shapes}, call.dtypes, {**call.attributes, **attributes}), 90)

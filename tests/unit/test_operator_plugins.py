@@ -1,4 +1,4 @@
-"""What TensorRT relies on in the plans of the operators that have kernels, searched at random."""
+"""What TensorRT and bundles rely on in the plans of the operators that have kernels, searched at random."""
 
 from __future__ import annotations
 
@@ -89,6 +89,14 @@ NODES = {
     "fp8-dynamic": fp8(1024, 14336, "dynamic"),
     "norm": bfloat16("AddRmsNorm", {"eps": 1e-5}, x=(TOKENS, 4096), residual=(TOKENS, 4096), weight=(4096,)),
     "gate": bfloat16("SiluMul", {"activation": "silu"}, gate_up=(TOKENS, 2, 14336)),
+    "head-norm": bfloat16(
+        "QkNorm",
+        {"eps": 1e-6, "unit_offset": 0},
+        q=(TOKENS, 32, 128),
+        k=(TOKENS, 8, 128),
+        q_weight=(128,),
+        k_weight=(128,),
+    ),
     "rope": bfloat16(
         "Rope",
         {"interleaved": 0, "rotary_dim": 0},
@@ -98,6 +106,7 @@ NODES = {
         sin=(TOKENS, 64),
     ),
 }
+GPUS = (Gpu(80, 108), Gpu(89, 58), Gpu(90, 132), Gpu(120, 188))
 LARGEST = {TOKENS: 8192, "num_seqs": 256, "max_blocks": 4096, "num_blocks": 10_000}
 
 
@@ -129,7 +138,17 @@ def test_every_operator_with_kernels_is_searched() -> None:
     assert with_kernels <= {node.operator for node in NODES.values()}
 
 
-@pytest.mark.parametrize("gpu", [Gpu(80, 108), Gpu(89, 58), Gpu(90, 132), Gpu(120, 188)], ids=str)
+@pytest.mark.parametrize("gpu", GPUS, ids=str)
+def test_nothing_is_planned_that_is_not_a_choice(node: Node, gpu: Gpu) -> None:
+    kernels = OPERATORS[node.operator].kernels
+    unknown = dict.fromkeys((*LARGEST, "num_seqs + 1"), -1)
+    choices = set(kernels.choices(node.call(unknown), gpu.arch))
+    for sizes, _ in growing(2, 100):
+        planned = {launch.kernel for launch in kernels.plan(node.call(sizes), gpu).launches}
+        assert planned <= choices, f"{sizes} need {[kernel.name for kernel in planned - choices]}"
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=str)
 def test_a_larger_call_needs_no_less_workspace(node: Node, gpu: Gpu) -> None:
     plan = OPERATORS[node.operator].kernels.plan
     for small, large in growing(0, 150):

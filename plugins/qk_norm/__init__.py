@@ -1,0 +1,1 @@
+"""Every head of queries and keys is normalized."""
