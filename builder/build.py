@@ -139,7 +139,7 @@ def _fill(
     engine = None
     if plan.target is not None:
         with stages.stage("build engine") as stage:
-            # It needs onnxscript, which takes as long to import as all that a cache hit does.
+            # Like the exporter it imports what a cache hit does without.
             from trtforge.builder.rank_engine import build_rank_engine
 
             engine = build_rank_engine(
