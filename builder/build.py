@@ -12,6 +12,7 @@ from rich.console import Console
 
 import trtforge
 from trtforge.builder.checkpoint import Checkpoint
+from trtforge.builder.engine_cache import EngineCache
 from trtforge.builder.existing import find_existing
 from trtforge.builder.key import build_key
 from trtforge.builder.options import BuildOptions
@@ -55,6 +56,7 @@ def build(options: BuildOptions, console: Console | None = None) -> BuildResult:
     """
     target = options.output.expanduser().resolve() / options.name
     find_existing(target)  # refuses what must not be replaced before any work is done
+    cache = _open_cache(options)
     try:
         with staging(target) as area, Stages(console) as stages:
             with stages.stage("open checkpoint"):
@@ -66,12 +68,18 @@ def build(options: BuildOptions, console: Console | None = None) -> BuildResult:
             if cached is not None:
                 return cached
             _check_disk_space(area.folder, checkpoint, plan)
-            manifest, report = _fill(area, checkpoint, plan, key, options.model, stages)
+            manifest, report = _fill(area, checkpoint, plan, key, options.model, cache, stages)
             find_existing(target)  # again: building took a while
             area.publish()
     except OSError as error:
         raise EngineBuildError(f"{target} could not be built: {error}") from error
     return BuildResult(target, manifest, report, cached=False)
+
+
+def _open_cache(options: BuildOptions) -> EngineCache | None:
+    if options.runtime != "tensorrt-rtx" or options.engine_cache is None:
+        return None
+    return EngineCache(options.engine_cache)
 
 
 def _reuse(target: Path, key: str, options: BuildOptions) -> BuildResult | None:
@@ -93,7 +101,9 @@ def _reuse(target: Path, key: str, options: BuildOptions) -> BuildResult | None:
 
 def _check_disk_space(folder: Path, checkpoint: Checkpoint, plan: BuildPlan) -> None:
     num_elements = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    needed_bytes = num_elements * element_bytes(plan.dtype) + _OTHER_BYTES
+    weight_bytes = num_elements * element_bytes(plan.dtype)
+    # An engine holds the weights once more.
+    needed_bytes = weight_bytes * (1 if plan.target is None else 2) + _OTHER_BYTES
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         raise CapacityError(
@@ -103,7 +113,13 @@ def _check_disk_space(folder: Path, checkpoint: Checkpoint, plan: BuildPlan) -> 
 
 
 def _fill(
-    area: Staging, checkpoint: Checkpoint, plan: BuildPlan, key: str, source: str, stages: Stages
+    area: Staging,
+    checkpoint: Checkpoint,
+    plan: BuildPlan,
+    key: str,
+    source: str,
+    cache: EngineCache | None,
+    stages: Stages,
 ) -> tuple[Manifest, BuildReport]:
     """Make the model's whole folder in the staging area."""
     version = area.folder / VERSION_FOLDER
@@ -116,13 +132,22 @@ def _fill(
         exported = export_model(checkpoint, plan.dtype, on_stage=stage.describe)
         kv_cache = plan_kv_cache(plan, exported.layers)
     with stages.stage("write graph and weights") as stage:
-        write_graph(exported, version / RANK_FOLDER, on_bytes=stage.on_bytes)
+        write_graph(exported, version / RANK_FOLDER, on_bytes=stage.on_progress)
     graph = Path(RANK_FOLDER, ONNX_FILE)
     with stages.stage("check graph"):
         verify_graph(version / graph, len(exported.layers))
+    engine = None
+    if plan.target is not None:
+        with stages.stage("build engine") as stage:
+            # Like the exporter it imports what a cache hit does without.
+            from trtforge.builder.rank_engine import build_rank_engine
+
+            engine = build_rank_engine(
+                version / graph, plan.target, plan.limits, kv_cache, cache, stage.on_fraction
+            )
     with stages.stage("flush to disk"):
         area.flush()
-    manifest = _manifest(exported, plan, kv_cache, key, graph)
+    manifest = _manifest(exported, plan, kv_cache, key, Rank(onnx=graph.as_posix(), engine=engine))
     report = BuildReport.of(
         manifest,
         source=source,
@@ -142,7 +167,7 @@ def _fill(
 
 
 def _manifest(
-    exported: ExportedModel, plan: BuildPlan, kv_cache: KVCacheLayout, key: str, graph: Path
+    exported: ExportedModel, plan: BuildPlan, kv_cache: KVCacheLayout, key: str, rank: Rank
 ) -> Manifest:
     """The manifest of a build whose files are not all written yet."""
     return Manifest(
@@ -159,7 +184,7 @@ def _manifest(
         ),
         kv_cache=kv_cache,
         limits=plan.limits,
-        ranks=(Rank(onnx=graph.as_posix()),),
+        ranks=(rank,),
         tokenizer=TOKENIZER_FOLDER,
         files={},
     )

@@ -10,7 +10,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from trtforge.builder.options import BuildOptions, DTypeChoice, RuntimeChoice, parse_bytes
+from trtforge.builder.options import (
+    BuildOptions,
+    DTypeChoice,
+    RuntimeChoice,
+    parse_bytes,
+    parse_cache_folder,
+)
 
 
 def build(
@@ -57,6 +63,31 @@ def build(
             show_default=False,
         ),
     ] = None,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="sm_NN",
+            help="GPUs that a TensorRT engine is for, such as sm_89; may be repeated. All that the runtime "
+            "can build for by default.",
+            show_default=False,
+        ),
+    ] = None,
+    engine_cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where TensorRT engines are kept for later builds, or none; a folder in the user's cache by "
+            "default.",
+            show_default=False,
+        ),
+    ] = None,
+    workspace_bytes: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Scratch memory of a TensorRT engine at most.", show_default=False),
+    ] = None,
+    weight_streaming: Annotated[
+        bool, typer.Option("--weight-streaming", help="A TensorRT engine whose weights may stay on the host.")
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace another build that has the same name.")
     ] = False,
@@ -70,6 +101,7 @@ def build(
       build-engine ./SmolLM2-135M-Instruct --output repository
       build-engine Qwen/Qwen3-0.6B -o repository --max-model-len 4096
       build-engine ./model -o repository --kv-cache-bytes 2GiB --force
+      build-engine ./model -o repository --runtime tensorrt-rtx --gpu sm_89
 
     \b
     Exit codes:
@@ -93,7 +125,11 @@ def build(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         block_size=block_size,
-        kv_cache_bytes=None if kv_cache_bytes is None else parse_bytes(kv_cache_bytes),
+        kv_cache_bytes=_bytes(kv_cache_bytes, "--kv-cache-bytes"),
+        gpus=tuple(gpu or ()),
+        engine_cache=parse_cache_folder(engine_cache),
+        workspace_bytes=_bytes(workspace_bytes, "--workspace-bytes"),
+        weight_streaming=weight_streaming,
         force=force,
     )
     _quiet_tools()
@@ -110,6 +146,10 @@ def build(
         return
     Console().print(result.report.tables())
     print(f"built {result.folder}")
+
+
+def _bytes(text: str | None, option: str) -> int | None:
+    return None if text is None else parse_bytes(text, option)
 
 
 def _quiet_tools() -> None:

@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
+from trtforge.builder.engine_cache import default_cache_folder
 from trtforge.builder.repository import check_model_name
 from trtforge.errors import ConfigError
 
@@ -20,17 +21,26 @@ OPENVINO_BLOCK_SIZE = 32
 
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SIZE = re.compile(r"(\d+)\s*([A-Z]*)")
+_GPU = re.compile(r"sm_\d+\d")
+_NO_CACHE = "none"
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes of "512MiB", "2GiB" or a plain number. Raises ConfigError."""
+def parse_bytes(text: str, option: str) -> int:
+    """Bytes of "512MiB", "2GiB" or a plain number. Raises ConfigError that names the option."""
     match = _SIZE.fullmatch(text.strip().upper())
     if match is None or match[2] not in _UNITS:
         raise ConfigError(
-            f"--kv-cache-bytes {text!r} is not a size: use a whole number of bytes, or one with KiB, MiB, "
+            f"{option} {text!r} is not a size: use a whole number of bytes, or one with KiB, MiB, "
             "GiB or TiB, such as 512MiB"
         )
     return int(match[1]) * _UNITS[match[2]]
+
+
+def parse_cache_folder(text: str | None) -> Path | None:
+    """The folder of --engine-cache: None for "none", the user's own one without the option."""
+    if text is None:
+        return default_cache_folder()
+    return None if text == _NO_CACHE else Path(text).expanduser().resolve()
 
 
 class BuildOptions(BaseModel):
@@ -55,6 +65,10 @@ class BuildOptions(BaseModel):
     max_num_batched_tokens: int = 2048
     block_size: int | None = None  # tokens
     kv_cache_bytes: int | None = None
+    gpus: tuple[str, ...] = ()  # such as sm_89; none: all that the runtime can build for
+    engine_cache: Path | None = Field(default_factory=default_cache_folder)  # None: engines are not kept
+    workspace_bytes: int | None = None
+    weight_streaming: bool = False
     force: bool = False
 
     @model_validator(mode="after")
@@ -62,7 +76,8 @@ class BuildOptions(BaseModel):
         check_model_name(self.name)
         _check_positive(self)
         _refuse_unbuilt(self)
-        if self.runtime != "reference" and self.block_size not in (None, OPENVINO_BLOCK_SIZE):
+        _check_engine_options(self)
+        if self.runtime in ("auto", "openvino") and self.block_size not in (None, OPENVINO_BLOCK_SIZE):
             raise ConfigError(
                 f"--block-size {self.block_size} cannot work with openvino, whose paged attention "
                 f"has blocks of {OPENVINO_BLOCK_SIZE} tokens: leave the option out"
@@ -79,14 +94,31 @@ def _check_positive(options: BuildOptions) -> None:
         "--max-num-batched-tokens": options.max_num_batched_tokens,
         "--block-size": options.block_size,
         "--kv-cache-bytes": options.kv_cache_bytes,
+        "--workspace-bytes": options.workspace_bytes,
     }
     for option, count in counts.items():
         if count is not None and count < 1:
             raise ConfigError(f"{option} {count} is not allowed: it has to be at least 1")
 
 
+def _check_engine_options(options: BuildOptions) -> None:
+    for gpu in options.gpus:
+        if not _GPU.fullmatch(gpu):
+            raise ConfigError(f"--gpu {gpu!r} is not a compute capability: write it as sm_89 or sm_120")
+    if options.runtime == "tensorrt-rtx":
+        return
+    wanted = {
+        "--gpu": options.gpus,
+        "--workspace-bytes": options.workspace_bytes,
+        "--weight-streaming": options.weight_streaming,
+    }
+    for option, value in wanted.items():
+        if value:
+            raise ConfigError(f"{option} is for TensorRT's engines: give --runtime tensorrt-rtx too")
+
+
 def _refuse_unbuilt(options: BuildOptions) -> None:
-    if options.runtime not in ("auto", "openvino", "reference"):
+    if options.runtime not in ("auto", "openvino", "reference", "tensorrt-rtx"):
         raise ConfigError(
             f"--runtime {options.runtime} is not built yet: use --runtime openvino (or auto, which picks it)"
         )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trtforge.builder.engine import EngineTarget, choose_target
 from trtforge.builder.options import OPENVINO_BLOCK_SIZE, BuildOptions
 from trtforge.errors import ConfigError
 from trtforge.manifest import MAX_SLOTS, DType, KVCacheLayout, LayerCache, Limits, Runtime
@@ -24,17 +25,18 @@ class BuildPlan:
     block_size: int  # tokens
     kv_cache_bytes: int | None  # None: DEFAULT_KV_CACHE_BYTES, or one sequence if that is more
     limits: Limits
+    target: EngineTarget | None = None  # None: a runtime without engines
 
 
 def make_plan(options: BuildOptions, config: Any, checkpoint_dtype: DType) -> BuildPlan:
     """Fill what `options` leave open from the Hugging Face `config` and the dtype of the weights.
 
-    Raises ConfigError if the model cannot have sequences of --max-model-len tokens, and for a dtype that
-    the runtime cannot compute in.
+    Raises ConfigError if the model cannot have sequences of --max-model-len tokens, for a dtype that the
+    runtime cannot compute in, and if TensorRT is wanted and not there.
     """
     return BuildPlan(
         name=options.name,
-        runtime="reference" if options.runtime == "reference" else "openvino",
+        runtime="openvino" if options.runtime == "auto" else options.runtime,
         dtype=_choose_dtype(options, checkpoint_dtype),
         block_size=options.block_size or OPENVINO_BLOCK_SIZE,
         kv_cache_bytes=options.kv_cache_bytes,
@@ -43,6 +45,18 @@ def make_plan(options: BuildOptions, config: Any, checkpoint_dtype: DType) -> Bu
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
         ),
+        target=_choose_target(options),
+    )
+
+
+def _choose_target(options: BuildOptions) -> EngineTarget | None:
+    if options.runtime != "tensorrt-rtx":
+        return None
+    return choose_target(
+        options.runtime,
+        options.gpus,
+        workspace_bytes=options.workspace_bytes,
+        weight_streaming=options.weight_streaming,
     )
 
 
@@ -69,7 +83,7 @@ def choose_max_model_len(wanted: int | None, config: Any, model: str) -> int:
 
 def _choose_dtype(options: BuildOptions, checkpoint_dtype: DType) -> DType:
     """OpenVINO's CPU plugin computes wrong results in float16: nothing may end up there."""
-    if options.runtime == "reference":
+    if options.runtime in ("reference", "tensorrt-rtx"):
         return checkpoint_dtype if options.dtype == "auto" else options.dtype
     if options.dtype == "float16":
         raise ConfigError(

@@ -36,6 +36,7 @@ class BuildReport(BaseModel):
     kv_cache_bytes: int
     max_model_len: int
     num_full_sequences: int  # sequences of max_model_len that the cache holds at once
+    engine_bytes: int | None = None  # of all ranks; None: the runtime has no engines
     stages: tuple[StageRecord, ...]
 
     @classmethod
@@ -50,6 +51,7 @@ class BuildReport(BaseModel):
     ) -> Self:
         """The report on the build that `manifest` describes."""
         cache, max_model_len = manifest.kv_cache, manifest.limits.max_model_len
+        engines = [rank.engine.size_bytes for rank in manifest.ranks if rank.engine is not None]
         return cls(
             source=source,
             architecture=manifest.model.architecture,
@@ -65,6 +67,7 @@ class BuildReport(BaseModel):
             kv_cache_bytes=cache.num_blocks * cache.block_size * cache.bytes_per_token,
             max_model_len=max_model_len,
             num_full_sequences=cache.num_blocks // blocks_per_sequence(max_model_len, cache.block_size),
+            engine_bytes=sum(engines) if engines else None,
             stages=tuple(stages),
         )
 
@@ -88,6 +91,8 @@ class BuildReport(BaseModel):
         table.add_row("parameters", f"{self.num_parameters:,}")
         table.add_row("graph nodes", f"{self.num_nodes:,}")
         table.add_row("weights", format_bytes(self.weight_bytes))
+        if self.engine_bytes is not None:
+            table.add_row("engine", format_bytes(self.engine_bytes))
         table.add_row("KV cache per token", format_bytes(self.kv_bytes_per_token))
         table.add_row("KV cache", format_bytes(self.kv_cache_bytes))
         table.add_row(f"KV blocks of {self.block_size} tokens", f"{self.num_blocks:,}")

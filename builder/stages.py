@@ -42,9 +42,14 @@ class Stage:
         """Say which step of the stage is running."""
         self._progress.update(self._task, description=f"{self._name}: {step}")
 
-    def on_bytes(self, done_bytes: int, total_bytes: int) -> None:
-        """Say how far the stage is; before the first call the bar only pulses."""
-        self._progress.update(self._task, completed=done_bytes, total=total_bytes)
+    def on_progress(self, done: float, total: float) -> None:
+        """Say how far the stage is, in any unit; before the first call the bar only pulses."""
+        self._progress.update(self._task, completed=done, total=total)
+
+    def on_fraction(self, fraction: float, step: str) -> None:
+        """Say how far the stage is, 0 to 1, and which step of it is running."""
+        self.describe(step)
+        self.on_progress(fraction, 1.0)
 
 
 class Stages:

@@ -77,10 +77,38 @@ class Limits(_Frozen):
     max_num_batched_tokens: int = Field(gt=0)
 
 
+class DimRange(_Frozen):
+    """Sizes that a dim may have, and the one that kernels are chosen for."""
+
+    min: int
+    opt: int
+    max: int
+
+
+class Profile(_Frozen):
+    """An optimization profile of an engine: a range for each symbolic dim of the graph's inputs."""
+
+    name: str
+    dims: dict[str, DimRange]
+
+
+class EngineInfo(_Frozen):
+    """A serialized engine and what it runs on."""
+
+    file: str  # relative to the manifest's folder
+    size_bytes: int = Field(gt=0)
+    sha256: str
+    package: str  # tensorrt or tensorrt_rtx
+    version: str  # of the package; no other one loads the engine
+    compute_capabilities: tuple[str, ...] = Field(min_length=1)  # such as 8.9
+    profiles: tuple[Profile, ...] = Field(min_length=1)
+
+
 class Rank(_Frozen):
-    """Files of one rank, relative to the manifest's folder."""
+    """One rank's graph, as a file relative to the manifest's folder, and its engine if it has one."""
 
     onnx: str
+    engine: EngineInfo | None = None
 
 
 class Manifest(_Frozen):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -160,3 +161,9 @@ def export_tiny_llama(
         return made[dtype]
 
     return export
+
+
+@pytest.fixture(scope="session")
+def tensorrt_rtx() -> ModuleType:
+    """The package; tests that need it are skipped where it is not installed."""
+    return pytest.importorskip("tensorrt_rtx", reason="needs the extra rtx")

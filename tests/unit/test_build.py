@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import onnx
 import pytest
@@ -18,11 +19,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trtforge import cli, errors
 from trtforge.builder.build import BuildResult, build
+from trtforge.builder.engine_cache import default_cache_folder
 from trtforge.builder.key import sources_digest
-from trtforge.builder.options import BuildOptions
+from trtforge.builder.options import BuildOptions, parse_cache_folder
 from trtforge.builder.report import BuildReport
 from trtforge.builder.verify import verify_graph
+from trtforge.engine_file import EngineHost, check_engine
+from trtforge.engine_options import EngineOptions
 from trtforge.manifest import Manifest
+from trtforge.runtime.executors import create_executor
 
 KV_CACHE_BYTES = 2**20
 
@@ -229,6 +234,42 @@ def test_the_key_follows_the_builders_sources_only(tmp_path: Path) -> None:
     assert sources_digest(package) == digest
     (package / "plugins" / "linear" / "op.py").write_text("x")
     assert sources_digest(package) != digest
+
+
+# --------------------------------------------------------------------------- engines
+
+
+def test_an_engine_lies_beside_its_graph_and_is_kept_for_the_next_build(
+    checkpoint: Path, tmp_path: Path, tensorrt_rtx: ModuleType
+) -> None:
+    def build_as(name: str) -> BuildResult:
+        values = {"runtime": "tensorrt-rtx", "dtype": "bfloat16", "gpus": ("sm_89",), "block_size": 16}
+        return build(
+            options(checkpoint, tmp_path / "repository", name=name, engine_cache=tmp_path / "cache", **values)
+        )
+
+    first = build_as("first")
+    version = first.folder / "1"
+    assert names(version / "rank0") == ["model.engine", "model.onnx", "model.safetensors"]
+    engine = first.manifest.ranks[0].engine
+    assert (engine.package, engine.version) == ("tensorrt_rtx", tensorrt_rtx.__version__)
+    assert engine.compute_capabilities == ("8.9",)
+    assert first.report.engine_bytes == engine.size_bytes
+    assert first.manifest.files["rank0/model.engine"] == engine.size_bytes
+    host = EngineHost(engine.package, engine.version, "8.9")
+    assert check_engine(version, Manifest.load(version), 0, host) == version / "rank0" / "model.engine"
+    with pytest.raises(errors.ConfigError, match=r"runtime 'tensorrt-rtx', which cannot be served yet"):
+        create_executor(first.manifest, version, EngineOptions())
+
+    # TensorRT does not build the same bytes twice.
+    assert build_as("second").manifest.ranks[0].engine == engine
+    assert build_as("first").cached
+
+
+def test_the_default_is_to_keep_engines_and_none_keeps_them_nowhere() -> None:
+    assert parse_cache_folder(None) == default_cache_folder()
+    assert parse_cache_folder("none") is None
+    assert parse_cache_folder("some/where") == Path("some/where").resolve()
 
 
 # --------------------------------------------------------------------------- failures

@@ -2,7 +2,7 @@
 
 Tiny random models are saved as checkpoints and exported from the meta device. The files are run by ONNX
 Runtime through the operators' function bodies, and by the reference executor, in steps that mix prefill,
-chunked prefill and decode.
+chunked prefill and decode. The graphs of some families are also lowered for TensorRT-RTX and built.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -22,8 +24,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from trtforge import wire
 from trtforge.builder.checkpoint import Checkpoint
+from trtforge.builder.engine import Network, NetworkTensor, choose_target
 from trtforge.builder.export import ExportedModel, export_model, write_graph
-from trtforge.manifest import Manifest
+from trtforge.builder.lower import lower
+from trtforge.builder.profiles import make_profiles
+from trtforge.manifest import KVCacheLayout, Limits, Manifest
 from trtforge.plugins.function_bodies import add_function_bodies
 from trtforge.runtime.graph_file import read_graph_file
 from trtforge.runtime.reference_executor import ReferenceExecutor
@@ -144,10 +149,8 @@ def save_random_model(family: str, folder: Path) -> None:
 class PagedRunner:
     """Runs an exported graph step by step; remembers each sequence's tokens and blocks."""
 
-    def __init__(self, folder: Path, exported: ExportedModel) -> None:
-        graph = folder / "with_bodies.onnx"
-        model = onnx.load(folder / "model.onnx", load_external_data=False)
-        onnx.save(add_function_bodies(model), graph)
+    def __init__(self, graph: Path, exported: ExportedModel) -> None:
+        """`graph` has no operators that ONNX Runtime does not know."""
         self.session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
         self.caches = [
             np.full((NUM_BLOCKS, 2, BLOCK_SIZE, layer.num_kv_heads, layer.head_dim), 7.0, np.float32)
@@ -238,13 +241,21 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Family(folder / "graph", exported, steps, expected)
 
 
-def test_packed_steps_equal_hugging_face(family: Family) -> None:
-    runner = PagedRunner(family.folder, family.exported)
+def run_steps(graph: Path, family: Family) -> dict[str, np.ndarray]:
+    """The logits of each text's tokens, [tokens, V]."""
+    runner = PagedRunner(graph, family.exported)
     logits: dict[str, list[np.ndarray]] = {name: [] for name in family.expected}
     for new_tokens, num_padding in family.steps:
         for name, rows in runner.step(new_tokens, num_padding).items():
             logits[name].append(rows)
-    family.check({name: np.concatenate(rows) for name, rows in logits.items()})
+    return {name: np.concatenate(rows) for name, rows in logits.items()}
+
+
+def test_packed_steps_equal_hugging_face(family: Family) -> None:
+    graph = family.folder / "with_bodies.onnx"
+    model = onnx.load(family.folder / "model.onnx", load_external_data=False)
+    onnx.save(add_function_bodies(model), graph)
+    family.check(run_steps(graph, family))
 
 
 def test_reference_executor_equals_hugging_face(
@@ -278,3 +289,37 @@ def test_standard_operators_never_wait_for_the_device(family: Family) -> None:
         for value in graph.input
     }
     assert program.run(inputs).shape == (3, 128)
+
+
+# Norms of both kinds, windows in some or all layers, softcaps, sinks, experts, biases, partial rotation.
+ENGINE_FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "mixtral", "gpt_oss")
+
+
+@pytest.mark.parametrize("family", ENGINE_FAMILIES, indirect=True)
+def test_lowered_graph_equals_hugging_face_and_builds_into_an_engine(
+    family: Family, tensorrt_rtx: ModuleType
+) -> None:
+    lowered = ir.to_proto(lower(family.folder / "model.onnx", BLOCK_SIZE))
+    onnx.save(lowered, family.folder / "lowered.onnx")
+    family.check(run_steps(family.folder / "lowered.onnx", family))
+    # 0, 1, … of tokens, of rows and of cache slots: in front of the layers, not in each of them.
+    assert [node.op_type for node in lowered.graph.node].count("Range") == 3
+
+    network = Network(lowered.SerializeToString(), family.folder / "model.onnx", "tensorrt_rtx")
+    layers = family.exported.layers
+    caches = [
+        (index, ("num_blocks", 2, BLOCK_SIZE, layer.num_kv_heads, layer.head_dim))
+        for index, layer in enumerate(layers)
+    ]
+    assert network.inputs() == (
+        *(NetworkTensor(tensor.name, tensor.dtype, tensor.dims) for tensor in wire.GRAPH_INPUTS),
+        *(NetworkTensor(wire.kv_cache_input(index), "float32", dims) for index, dims in caches),
+    )
+    assert network.outputs() == (
+        NetworkTensor(wire.LOGITS, "float32", (-1, family.exported.vocab_size)),
+        *(NetworkTensor(wire.kv_cache_output(index), "float32", (-1, *dims[1:])) for index, dims in caches),
+    )
+    kv_cache = KVCacheLayout(dtype="float32", block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, layers=layers)
+    limits = Limits(max_model_len=64, max_num_seqs=8, max_num_batched_tokens=32)
+    profiles = make_profiles("tensorrt_rtx", limits, kv_cache)
+    assert network.build(choose_target("tensorrt-rtx"), profiles).nbytes > 0.9 * family.exported.weight_bytes

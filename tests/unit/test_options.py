@@ -38,7 +38,11 @@ def plan(max_model_len: int = 8192, kv_cache_bytes: int | None = None, block_siz
         (["--fp8"], "--fp8 is not built yet"),
         (["--int4"], "--int4 is not built yet"),
         (["--runtime", "tensorrt"], "--runtime tensorrt is not built yet: use --runtime openvino"),
-        (["--runtime", "tensorrt-rtx"], "--runtime tensorrt-rtx is not built yet"),
+        (["--gpu", "sm_89"], "--gpu is for TensorRT's engines: give --runtime tensorrt-rtx too"),
+        (["--runtime", "tensorrt-rtx", "--gpu", "8.9"], "--gpu '8.9' is not a compute capability"),
+        (["--weight-streaming"], "--weight-streaming is for TensorRT's engines"),
+        (["--workspace-bytes", "1GB"], "--workspace-bytes '1GB' is not a size"),
+        (["--workspace-bytes", "1GiB"], "--workspace-bytes is for TensorRT's engines"),
         (["--runtime", "cuda"], "'cuda' is not one of 'auto', 'openvino'"),
         (["--dtype", "int8"], "'int8' is not one of 'auto', 'float32'"),
         (["--block-size", "16"], "blocks of 32 tokens"),
@@ -78,13 +82,13 @@ def test_command_refuses_with_one_line_and_exit_code_2(
     [("1", 1), ("512MiB", 512 * 2**20), ("2 gib", 2 * 2**30), ("3KiB", 3072), (" 1TiB ", 2**40)],
 )
 def test_sizes(text: str, count: int) -> None:
-    assert parse_bytes(text) == count
+    assert parse_bytes(text, "--kv-cache-bytes") == count
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "1.5GiB", "-1", "1GB", "1 GiB 2", "0x10"])
 def test_no_sizes(text: str) -> None:
     with pytest.raises(ConfigError, match="use a whole number of bytes"):
-        parse_bytes(text)
+        parse_bytes(text, "--kv-cache-bytes")
 
 
 def test_max_model_len_is_the_configs_but_at_most_8192() -> None:

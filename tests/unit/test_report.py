@@ -106,7 +106,7 @@ def test_a_stage_that_fails_leaves_no_record(caplog: pytest.LogCaptureFixture) -
     with caplog.at_level(logging.INFO), Stages() as stages:
         with stages.stage("works") as stage:
             stage.describe("step")
-            stage.on_bytes(1, 2)
+            stage.on_progress(1, 2)
         with pytest.raises(ValueError, match="broken"), stages.stage("fails"):
             raise ValueError("broken")
     assert [record.name for record in stages.records] == ["works"]

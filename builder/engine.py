@@ -1,0 +1,256 @@
+"""Builds engines: one thin layer over `tensorrt` and `tensorrt_rtx`, whose Python interfaces are one.
+
+No other module of the builder imports them, and this one does only when an engine is wanted.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trtforge.builder.engine_progress import BuildPhases
+from trtforge.errors import ConfigError, EngineBuildError
+from trtforge.manifest import Profile
+
+EngineRuntime = Literal["tensorrt", "tensorrt-rtx"]
+
+_PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
+# GPUs before Ampere have no bfloat16.
+_FIRST_COMPUTE_CAPABILITY = (8, 0)
+
+logger = logging.getLogger(__name__)
+
+# Told how much is done, 0 to 1, and what is being done.
+OnProgress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineTarget:
+    """What engines are built by, and for which GPUs."""
+
+    package: str
+    version: str
+    compute_capabilities: tuple[str, ...]  # such as 8.9; empty: the GPU of this machine
+    workspace_bytes: int | None = None  # of scratch memory that layers may use; None: TensorRT's default
+    weight_streaming: bool = False  # weights may stay in host memory
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkTensor:
+    """An input or output as TensorRT sees it. Dims without a fixed size have their name, or -1."""
+
+    name: str
+    dtype: str  # as numpy calls it
+    dims: tuple[str | int, ...]
+
+
+def choose_target(
+    runtime: EngineRuntime,
+    gpus: Sequence[str] = (),
+    *,
+    workspace_bytes: int | None = None,
+    weight_streaming: bool = False,
+) -> EngineTarget:
+    """The target for GPUs such as "sm_89"; without any all that the package has, where it can choose.
+
+    Raises ConfigError if the package is not installed or has not one of the GPUs.
+    """
+    package = _PACKAGES[runtime]
+    trt = _load(package)
+    known = _compute_capabilities(trt)
+    chosen = tuple(re.sub(r"sm_(\d+)(\d)", r"\1.\2", gpu) for gpu in gpus)
+    unknown = [gpu for gpu, capability in zip(gpus, chosen, strict=True) if capability not in known]
+    if unknown:
+        choice = ", ".join(f"sm_{capability.replace('.', '')}" for capability in known)
+        raise ConfigError(
+            f"--gpu {unknown[0]} is not possible with {package} {trt.__version__}: "
+            + (f"it builds for {choice}" if known else "it builds for the GPU of this machine, leave it out")
+        )
+    return EngineTarget(
+        package, trt.__version__, chosen or known, workspace_bytes, weight_streaming=weight_streaming
+    )
+
+
+class Network:
+    """A graph that TensorRT has parsed, ready to be built."""
+
+    def __init__(self, graph: bytes, path: Path, package: str) -> None:
+        """Parse the serialized ONNX model `graph`; its external data lies beside `path`, at any size.
+
+        Raises EngineBuildError with all that the parser does not take, and where.
+        """
+        self._trt = _load(package)
+        self._logger = _logger(package)
+        self._builder = self._trt.Builder(self._logger)
+        self._network = self._builder.create_network(_network_flags(self._trt))
+        # Holds the weights that the network refers to.
+        self._parser = self._trt.OnnxParser(self._network, self._logger)
+        if not self._parser.parse(graph, str(path.resolve())):
+            errors = [self._parser.get_error(i) for i in range(self._parser.num_errors)]
+            raise _error(f"{package} {self._trt.__version__} does not take the graph", map(_describe, errors))
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of TensorRT, of which a node of ONNX becomes one or several."""
+        return int(self._network.num_layers)
+
+    def inputs(self) -> tuple[NetworkTensor, ...]:
+        """What the engine is going to take, in the graph's order."""
+        return tuple(map(self._tensor, map(self._network.get_input, range(self._network.num_inputs))))
+
+    def outputs(self) -> tuple[NetworkTensor, ...]:
+        """What the engine is going to give, in the graph's order."""
+        return tuple(map(self._tensor, map(self._network.get_output, range(self._network.num_outputs))))
+
+    def build(
+        self, target: EngineTarget, profiles: Sequence[Profile], on_progress: OnProgress | None = None
+    ) -> memoryview:
+        """The serialized engine.
+
+        An exception from `on_progress`, KeyboardInterrupt too, ends the build and is raised. Raises
+        EngineBuildError with what TensorRT says.
+        """
+        self._logger.errors.clear()
+        config = self._builder.create_builder_config()
+        self._set_target(config, target)
+        for profile in profiles:
+            self._add_profile(config, profile)
+        monitor = _monitor(self._trt, on_progress or (lambda fraction, phase: None))
+        config.progress_monitor = monitor
+        engine = self._builder.build_serialized_network(self._network, config)
+        if monitor.error is not None:
+            raise monitor.error
+        if engine is None:
+            raise _error(f"{target.package} {target.version} cannot build the engine", self._logger.errors)
+        return memoryview(engine)
+
+    def _tensor(self, tensor: Any) -> NetworkTensor:
+        dims = tuple(
+            int(size) if size >= 0 else tensor.get_dimension_name(axis) or -1
+            for axis, size in enumerate(tensor.shape)
+        )
+        dtype = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}.get(tensor.dtype.name)
+        return NetworkTensor(tensor.name, dtype or tensor.dtype.name.lower(), dims)
+
+    def _set_target(self, config: Any, target: EngineTarget) -> None:
+        if target.compute_capabilities:
+            config.num_compute_capabilities = len(target.compute_capabilities)
+            for index, capability in enumerate(target.compute_capabilities):
+                member = getattr(self._trt.ComputeCapability, f"SM{capability.replace('.', '')}")
+                config.set_compute_capability(member, index)
+        if target.workspace_bytes is not None:
+            config.set_memory_pool_limit(self._trt.MemoryPoolType.WORKSPACE, target.workspace_bytes)
+        if target.weight_streaming:
+            config.set_flag(self._trt.BuilderFlag.WEIGHT_STREAMING)
+
+    def _add_profile(self, config: Any, profile: Profile) -> None:
+        added = self._builder.create_optimization_profile()
+        for tensor in self.inputs():
+            unknown = [dim for dim in tensor.dims if not isinstance(dim, int) and dim not in profile.dims]
+            if unknown or -1 in tensor.dims:
+                raise EngineBuildError(
+                    f"input {tensor.name} has the dims {tensor.dims}, for some of which the profile "
+                    f"{profile.name} has no range"
+                )
+            ranges = [dim if isinstance(dim, int) else profile.dims[dim] for dim in tensor.dims]
+            shapes = [
+                tuple(dim if isinstance(dim, int) else getattr(dim, end) for dim in ranges)
+                for end in ("min", "opt", "max")
+            ]
+            added.set_shape(tensor.name, *shapes)
+        if config.add_optimization_profile(added) < 0:
+            raise _error(f"TensorRT does not take the profile {profile.name}", self._logger.errors)
+
+
+def _load(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:  # of the package itself, or of libraries that it loads
+        raise ConfigError(
+            f"an engine needs the package {package}, which cannot be imported ({error}): "
+            f"pip install 'trtforge[{_EXTRAS[package]}]'"
+        ) from error
+
+
+def _compute_capabilities(trt: Any) -> tuple[str, ...]:
+    """The compute capabilities that can be built for; none where only this machine's GPU can."""
+    if not hasattr(trt, "ComputeCapability"):
+        return ()
+    matches = [re.fullmatch(r"SM(\d+)(\d)", name) for name in trt.ComputeCapability.__members__]
+    pairs = sorted((int(match[1]), int(match[2])) for match in matches if match is not None)
+    return tuple(f"{major}.{minor}" for major, minor in pairs if (major, minor) >= _FIRST_COMPUTE_CAPABILITY)
+
+
+def _network_flags(trt: Any) -> int:
+    """Types are those of the graph; what is the only way to build has no flag any more."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _error(headline: str, reasons: Iterable[str]) -> EngineBuildError:
+    return EngineBuildError("\n  ".join([f"{headline}:", *reasons]))
+
+
+def _describe(error: Any) -> str:
+    """What the parser says about one node."""
+    node = f"node {error.node()} {error.node_name()} ({error.node_operator()})"
+    return f"{node}: {error.code().name}, {error.desc()}"
+
+
+@functools.cache  # TensorRT keeps the first logger of a process
+def _logger(package: str) -> Any:
+    trt = _load(package)
+    levels = {
+        trt.ILogger.Severity.INTERNAL_ERROR: logging.INFO,  # errors end up in exceptions
+        trt.ILogger.Severity.ERROR: logging.INFO,
+        trt.ILogger.Severity.WARNING: logging.INFO,  # mostly about TensorRT's own choices
+        trt.ILogger.Severity.INFO: logging.DEBUG,
+    }
+
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+        """Passes TensorRT's messages on to `logging`, and remembers errors."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in levels:
+                logger.log(levels[severity], "%s: %s", package, message)
+            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
+                self.errors.append(message)
+
+    return Logger()
+
+
+def _monitor(trt: Any, on_progress: OnProgress) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Reports progress. An exception must not pass through TensorRT: it is kept, and ends the build."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.error: BaseException | None = None
+            self._phases = BuildPhases()
+
+        def phase_start(self, name: str, parent: str | None, num_steps: int) -> None:
+            self._phases.start(name, parent, num_steps)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            try:
+                self._phases.step(name, step)
+                on_progress(self._phases.fraction, self._phases.innermost)
+            except BaseException as error:
+                self.error = error
+            return self.error is None
+
+        def phase_finish(self, name: str) -> None:
+            self._phases.finish(name)
+
+    return Monitor()

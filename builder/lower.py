@@ -1,0 +1,60 @@
+"""From a graph with custom operators to one of standard operators, for builders that have no plugins.
+
+The bodies of all attention nodes compute the same positions, masks and indices. Once they are inlined into
+one graph and shapes are known, these are common subexpressions: one copy of each remains, in front of the
+layers. Layers with a window share those of their own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+from onnxscript import optimizer
+
+from trtforge.plugins.function_bodies import add_function_bodies
+
+_BLOCK_SIZE_DIM = "block_size"  # of the cache inputs, as the exporter names it
+
+
+def lower(graph: Path, block_size: int) -> ir.Model:
+    """The graph in the file `graph` out of standard operators only, for caches with blocks of `block_size`.
+
+    Weights stay where they are, as external data. Raises PluginError for an unknown custom operator.
+    """
+    model = ir.load(graph)
+    _fix_block_size(model, block_size)
+    add_function_bodies(model)
+    merge = passes.CommonSubexpressionEliminationPass()
+    ir.passes.Sequential(passes.InlinePass(), merge)(model)
+    optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=_should_fold)
+    ir.passes.Sequential(
+        passes.RemoveUnusedNodesPass(),
+        # Equal constants have to be one value before what depends on them can be merged.
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(),
+        merge,
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedOpsetsPass(),
+    )(model)
+    _compute_whole_shapes(model)
+    return model
+
+
+def _fix_block_size(model: ir.Model, block_size: int) -> None:
+    for value in model.graph.inputs:
+        if value.shape is not None:
+            value.shape = ir.Shape(block_size if str(dim) == _BLOCK_SIZE_DIM else dim for dim in value.shape)
+
+
+def _should_fold(node: ir.Node) -> bool | None:
+    """Transposed weights stay nodes: folding would copy them all, and TensorRT folds them itself."""
+    return False if node.op_type == "Transpose" else None
+
+
+def _compute_whole_shapes(model: ir.Model) -> None:
+    """Say that computed shapes have no zeros that mean "as before", which TensorRT would have to check."""
+    for node in model.graph:
+        if node.op_type == "Reshape" and node.inputs[1].const_value is None:
+            node.attributes["allowzero"] = ir.AttrInt64("allowzero", 1)

@@ -1,0 +1,77 @@
+"""A rank's engine: its graph lowered for TensorRT, then built or taken from the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+
+import onnx_ir as ir
+
+from trtforge.builder.engine import EngineTarget, Network, OnProgress
+from trtforge.builder.engine_cache import EngineCache, EngineRecipe, write_engine
+from trtforge.builder.lower import lower
+from trtforge.builder.profiles import make_profiles
+from trtforge.engine_file import sha256_of
+from trtforge.manifest import EngineInfo, KVCacheLayout, Limits, Profile
+
+ENGINE_FILE = "model.engine"
+
+logger = logging.getLogger(__name__)
+
+
+def build_rank_engine(
+    graph: Path,
+    target: EngineTarget,
+    limits: Limits,
+    kv_cache: KVCacheLayout,
+    cache: EngineCache | None,
+    on_progress: OnProgress,
+) -> EngineInfo:
+    """Write the engine of the ONNX file `graph`, which the builder wrote, beside it.
+
+    Raises EngineBuildError if TensorRT cannot build it. Paths in the result are relative to the folder
+    above the rank's.
+    """
+    on_progress(0.0, "lower graph")
+    model = lower(graph, kv_cache.block_size)
+    serialized = ir.to_proto(model).SerializeToString(deterministic=True)
+    profiles = make_profiles(target.package, limits, kv_cache)
+
+    def build() -> memoryview:
+        return Network(serialized, graph, target.package).build(target, profiles, on_progress)
+
+    file = graph.with_name(ENGINE_FILE)
+    if cache is None:
+        written = write_engine(build(), file)
+    else:
+        on_progress(0.0, "hash weights")
+        written = cache.write(_recipe(model, serialized, graph, target, profiles), file, build)
+        if written.cached:
+            logger.info("the engine was in the cache")
+    return EngineInfo(
+        file=file.relative_to(graph.parents[1]).as_posix(),
+        size_bytes=written.size_bytes,
+        sha256=written.sha256,
+        package=target.package,
+        version=target.version,
+        compute_capabilities=target.compute_capabilities,
+        profiles=profiles,
+    )
+
+
+def _recipe(
+    model: ir.Model, serialized: bytes, graph: Path, target: EngineTarget, profiles: tuple[Profile, ...]
+) -> EngineRecipe:
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    files = sorted({str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)})
+    return EngineRecipe(
+        graph_sha256=hashlib.sha256(serialized).hexdigest(),
+        weights_sha256={file: sha256_of(graph.with_name(file)) for file in files},
+        package=target.package,
+        version=target.version,
+        compute_capabilities=target.compute_capabilities,
+        profiles=profiles,
+        workspace_bytes=target.workspace_bytes,
+        weight_streaming=target.weight_streaming,
+    )
