@@ -80,6 +80,16 @@ def compile_kernels(context: typer.Context) -> None:
     _only(command)(args=context.args, prog_name="trtforge compile-kernels")
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def inspect(context: typer.Context) -> None:
+    """Say what is inside a build, whether its files are whole, and draw a layer of its graph."""
+    from trtforge.builder.inspection.command import inspect as command
+
+    _alone(command)(args=context.args, prog_name="trtforge inspect")
+
+
 app.command()(serve)
 app.command()(health)
 app.command()(ask)
