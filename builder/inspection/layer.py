@@ -29,10 +29,10 @@ def find_layer(model: ir.Model, index: int) -> Layer:
     """The nodes between the hidden states before and after the layer that stores into cache `index`.
 
     Names of weights and operators differ between models, but hidden states flow alike in all: what the
-    tokens become on their way to the logits goes, between two layers, through a single node. So the way is cut
-    behind each node that everything goes through. A layer begins with the piece that holds its attention, and goes
-    on to the next attention's piece; the last layer to the last piece that uses a weight of its own. Nodes
-    from which this layer alone takes something, such as the making of a shape, belong to it.
+    tokens become on their way to the logits goes, between two layers, through a single node. So the way is
+    cut behind each node that everything goes through. A layer begins with the piece that holds its attention
+    and goes on to the next attention's piece; the last layer to the last piece that uses a weight of its own.
+    Nodes from which this layer alone takes something, such as the making of a shape, belong to it.
 
     Raises ConfigError if the graph has no such layer.
     """

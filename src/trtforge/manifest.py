@@ -84,7 +84,8 @@ class Rank(_Frozen):
 
 
 class Manifest(_Frozen):
-    """A built model. `files` maps every file of the build to its size in bytes."""
+    """A built model. `files` maps every file of the build to its size in bytes, `sha256` those that a runtime
+    reads to the hash of their bytes, in hex."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     trtforge_version: str
@@ -97,6 +98,7 @@ class Manifest(_Frozen):
     ranks: tuple[Rank, ...]
     tokenizer: str = "tokenizer"
     files: dict[str, int]
+    sha256: dict[str, str] = Field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write `folder`/manifest.json."""

@@ -13,18 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trtforge import wire
 from trtforge.builder.checkpoint import Checkpoint
 from trtforge.builder.export import ExportedModel, export_model, write_graph
+from trtforge.checking.onnxruntime_model import OnnxRuntimeModel
 from trtforge.manifest import Manifest
-from trtforge.plugins.function_bodies import add_function_bodies
 from trtforge.runtime.graph_file import read_graph_file
 from trtforge.runtime.reference_executor import ReferenceExecutor
 from trtforge.runtime.torch_graph import Node, compile_graph
@@ -141,62 +138,6 @@ def save_random_model(family: str, folder: Path) -> None:
     hf.save_pretrained(folder)
 
 
-class PagedRunner:
-    """Runs an exported graph step by step; remembers each sequence's tokens and blocks."""
-
-    def __init__(self, folder: Path, exported: ExportedModel) -> None:
-        graph = folder / "with_bodies.onnx"
-        model = onnx.load(folder / "model.onnx", load_external_data=False)
-        onnx.save(add_function_bodies(model), graph)
-        self.session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-        self.caches = [
-            np.full((NUM_BLOCKS, 2, BLOCK_SIZE, layer.num_kv_heads, layer.head_dim), 7.0, np.float32)
-            for layer in exported.layers
-        ]
-        self.free = list(np.random.default_rng(0).permutation(NUM_BLOCKS))
-        self.tokens: dict[str, list[int]] = {}
-        self.blocks: dict[str, list[int]] = {}
-
-    def step(self, new_tokens: dict[str, list[int]], num_padding: int = 0) -> dict[str, np.ndarray]:
-        """Append tokens to sequences; returns the logits of each one's new tokens, [new, V].
-
-        `num_padding` rows that belong to no sequence and are not stored follow the real ones.
-        """
-        ids, positions, slots, cu_seqlens = [], [], [], [0]
-        for name, new in new_tokens.items():
-            tokens, blocks = self.tokens.setdefault(name, []), self.blocks.setdefault(name, [])
-            for token in new:
-                position = len(tokens)
-                if position % BLOCK_SIZE == 0:
-                    blocks.append(self.free.pop())
-                tokens.append(token)
-                ids.append(token)
-                positions.append(position)
-                slots.append(blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
-            cu_seqlens.append(len(ids))
-        num_tokens = len(ids)
-        tables = np.zeros((len(new_tokens), max(len(self.blocks[name]) for name in new_tokens)))
-        for row, name in enumerate(new_tokens):
-            tables[row, : len(self.blocks[name])] = self.blocks[name]
-        inputs = {
-            "input_ids": ids + [3] * num_padding,
-            "position_ids": positions + [0] * num_padding,
-            "block_tables": tables,
-            "cu_seqlens": cu_seqlens,
-            "context_lens": [len(self.tokens[name]) for name in new_tokens],
-            "slot_mapping": slots + [-1] * num_padding,
-            "logits_indices": np.arange(num_tokens)[::-1],
-        }
-        feeds = {name: np.asarray(value, np.int32) for name, value in inputs.items()}
-        feeds |= {wire.kv_cache_input(layer): cache for layer, cache in enumerate(self.caches)}
-        logits, *self.caches = self.session.run(None, feeds)
-        rows = logits[::-1]
-        return {
-            name: rows[begin:end]
-            for name, begin, end in zip(new_tokens, cu_seqlens[:-1], cu_seqlens[1:], strict=True)
-        }
-
-
 @dataclass(frozen=True)
 class Family:
     """An exported model, a schedule of steps, and the logits that Hugging Face has for each text."""
@@ -238,11 +179,15 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Family(folder / "graph", exported, steps, expected)
 
 
-def test_packed_steps_equal_hugging_face(family: Family) -> None:
-    runner = PagedRunner(family.folder, family.exported)
+def test_packed_steps_equal_hugging_face(
+    family: Family, make_manifest: Callable[..., Manifest], drive: Callable[..., Any]
+) -> None:
+    manifest = make_manifest(family.exported.layers, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS)
+    blocks = np.random.default_rng(0).permutation(NUM_BLOCKS).tolist()
+    driver = drive(OnnxRuntimeModel(family.folder, manifest), blocks)
     logits: dict[str, list[np.ndarray]] = {name: [] for name in family.expected}
     for new_tokens, num_padding in family.steps:
-        for name, rows in runner.step(new_tokens, num_padding).items():
+        for name, rows in driver.step(new_tokens, num_padding).items():
             logits[name].append(rows)
     family.check({name: np.concatenate(rows) for name, rows in logits.items()})
 
