@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -10,10 +12,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from trtforge import cli
 from trtforge.builder.checkpoint import Checkpoint
 from trtforge.builder.export import export_model, write_graph
+from trtforge.builder.repository import VERSION_FOLDER, install_triton_model
 from trtforge.checking.onnxruntime_model import OnnxRuntimeModel
 from trtforge.checking.packing import PackedSequences
+from trtforge.integrity import file_digest
 from trtforge.manifest import DType, KVCacheLayout, LayerCache, Limits, Manifest, ModelInfo, Rank
 from trtforge.runtime.executor import Executor, Float32Array
 
@@ -129,3 +134,45 @@ def export_tiny_llama(
         return made[dtype]
 
     return export
+
+
+@pytest.fixture
+def make_repository(
+    export_tiny_llama: Callable[[DType], tuple[Path, Manifest]], tmp_path: Path
+) -> Callable[[DType], Path]:
+    """`make_repository(dtype)`: a repository of this test's own with the tiny llama, for openvino."""
+
+    def make(dtype: DType) -> Path:
+        graph_folder, manifest = export_tiny_llama(dtype)
+        version = tmp_path / "repository" / "llm" / VERSION_FOLDER
+        files = {f"rank0/{name}": version / "rank0" / name for name in ("model.onnx", "model.safetensors")}
+        (version / "rank0").mkdir(parents=True)
+        for file in files.values():
+            shutil.copy(graph_folder / file.name, file)
+        written = {
+            "ranks": (Rank(onnx="rank0/model.onnx"),),
+            "files": {name: file.stat().st_size for name, file in files.items()},
+            "sha256": {name: file_digest(file) for name, file in files.items()},
+        }
+        model = manifest.model.model_copy(update={"name": "llm"})
+        install_triton_model(version.parent, manifest.model_copy(update={**written, "model": model}))
+        return tmp_path / "repository"
+
+    return make
+
+
+@pytest.fixture
+def run_trtforge(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """`run_trtforge(*arguments)`: exit code, standard output and standard error of `trtforge`."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["trtforge", *arguments])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        output = capsys.readouterr()
+        return int(ended.value.code or 0), output.out, output.err
+
+    return run
