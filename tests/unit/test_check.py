@@ -40,13 +40,14 @@ def change_byte(file: Path, offset: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_openvino_computes_what_the_build_says(
+def test_runtimes_compute_what_the_build_says(
     make_repository: MakeRepository, run_trtforge: Run, dtype: DType
 ) -> None:
     status, output, _ = run_trtforge("check", str(make_repository(dtype)))
     assert status == 0
-    assert f"llm in {dtype}: openvino against onnxruntime" in output
-    assert output.count("pass") >= 3
+    for runtime in ("openvino", "reference"):
+        assert f"llm in {dtype}: {runtime} against onnxruntime" in output
+    assert output.count("pass") == 2 * 3
     assert "FAIL" not in output
 
 
@@ -58,6 +59,21 @@ def test_rounding_is_told_from_errors(make_repository: MakeRepository) -> None:
     assert report.failed == ()
     if has_bfloat16():
         assert min(errors.typical for errors in openvino.errors.values()) > tolerance("float32", 2)
+
+
+def test_runtimes_that_do_not_take_the_build(make_repository: MakeRepository, run_trtforge: Run) -> None:
+    """Is said of others, and is an error of the one that it was built for."""
+    repository = make_repository("float16")
+    version = repository / "llm" / "1"
+    manifest = Manifest.load(version)
+    status, _, errors = run_trtforge("check", str(repository))
+    assert status == 2
+    assert "float16 is computed wrongly by OpenVINO" in errors
+    manifest.model_copy(update={"runtime": "reference"}).save(version)
+    status, output, _ = run_trtforge("check", str(repository))
+    assert status == 0
+    assert "llm in float16: reference against onnxruntime" in output
+    assert "Not run by openvino: dtype float16" in output
 
 
 def test_a_changed_byte_of_a_weight_is_found(make_repository: MakeRepository, run_trtforge: Run) -> None:
@@ -73,19 +89,19 @@ def test_a_changed_byte_of_a_weight_is_found(make_repository: MakeRepository, ru
     assert f"{repository / WEIGHTS} is missing" in errors
 
 
-class _CountsPositionsWrongly(OpenVINOExecutor):
+class _ReadsOtherTokens(OpenVINOExecutor):
     """From token 40 of a sequence on, which only steps after the prefill reach."""
 
     def execute(self, inputs: ModelInputs) -> ModelOutputs:
-        positions = np.where(inputs.position_ids < 40, inputs.position_ids, inputs.position_ids + 1)
-        return super().execute(dataclasses.replace(inputs, position_ids=positions.astype(np.int32)))
+        ids = np.where(inputs.position_ids < 40, inputs.input_ids, (inputs.input_ids + 1) % 128)
+        return super().execute(dataclasses.replace(inputs, input_ids=ids.astype(np.int32)))
 
 
 def test_a_runtime_that_computes_something_else_is_named(
     make_repository: MakeRepository, run_trtforge: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def create(manifest: Manifest, model_dir: Path, _: Any) -> OpenVINOExecutor:
-        return _CountsPositionsWrongly(model_dir, manifest, threads=2)
+        return _ReadsOtherTokens(model_dir, manifest, threads=2)
 
     monkeypatch.setattr(runtimes, "create_executor", create)
     status, output, errors = run_trtforge("check", str(make_repository("float32")))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir
 import pytest
 import torch
 from torch.nn import functional
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from trtforge.builder.checkpoint import Checkpoint
 from trtforge.builder.export import ExportedModel, export_model, write_graph
+from trtforge.builder.inspection.layer import find_layer
 from trtforge.checking.onnxruntime_model import OnnxRuntimeModel
 from trtforge.manifest import Manifest
 from trtforge.runtime.graph_file import read_graph_file
@@ -223,3 +225,22 @@ def test_standard_operators_never_wait_for_the_device(family: Family) -> None:
         for value in graph.input
     }
     assert program.run(inputs).shape == (3, 128)
+
+
+def test_each_layer_is_found_whole(family: Family) -> None:
+    """Whatever its weights are called and however its residuals run."""
+    model = onnx_ir.load(family.folder / "model.onnx")
+    layers = [find_layer(model, index) for index in range(2)]
+    for index, layer in enumerate(layers):
+        assert layer.weight_prefix.endswith(f".{index}.")
+        used = {value.name for node in layer.nodes for value in node.inputs if value is not None}
+        owned = {name for name in model.graph.initializers if name.startswith(layer.weight_prefix)}
+        assert owned
+        assert owned <= used
+        assert sum(node.op_type == "PagedAttention" for node in layer.nodes) == 1
+    first, second = (set(layer.nodes) for layer in layers)
+    assert not first & second
+    # Nothing is left out between them, and only one hidden state goes from one to the other.
+    leaving = {value for node in first for value in node.outputs if not first.issuperset(value.consumers())}
+    (hidden_state,) = (value for value in leaving if not value.is_graph_output())
+    assert second.issuperset(set(hidden_state.consumers()))

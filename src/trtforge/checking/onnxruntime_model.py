@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
-from google.protobuf.message import DecodeError
 
 from trtforge import wire
-from trtforge.errors import ConfigError, EngineBuildError
+from trtforge.errors import EngineBuildError
 from trtforge.manifest import Manifest
 from trtforge.plugins.function_bodies import add_function_bodies
 from trtforge.runtime.executor import KVCacheSpec, ModelInputs, ModelOutputs
+from trtforge.runtime.graph_file import read_graph_file
 
 _NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 # What the cache holds before anything is stored: a graph that reads it shows.
@@ -29,12 +29,8 @@ class OnnxRuntimeModel:
         Raises ConfigError if there is none, and EngineBuildError if ONNX Runtime does not take it.
         """
         path = model_dir / manifest.ranks[0].onnx
-        try:
-            model = ir.load(path)
-        except FileNotFoundError:
-            raise ConfigError(f"{path} does not exist: build the model again") from None
-        except (DecodeError, ir.serde.SerdeError) as error:
-            raise ConfigError(f"{path} is not a readable ONNX file: {error}") from None
+        read_graph_file(path, len(manifest.kv_cache.layers))  # refuses by name what would fail below
+        model = ir.load(path)
         widen(model)
         proto = ir.to_proto(add_function_bodies(model))
         options = onnxruntime.SessionOptions()
