@@ -19,7 +19,8 @@ MARGIN, TITLE_HEIGHT = 24, 44
 LINE_HEIGHT, PADDING = 15, 8
 CHARACTER_WIDTH = 6.7  # of the 11-pixel monospace font, with some air
 MAX_CHARACTERS = 44
-_MAX_NUMBERS = 4  # of a constant that is written out
+_MAX_NUMBERS = 8  # of a constant that is written out
+_TO_THE_END = 2**63 - 1  # as torch writes the end of a Slice
 
 # Fill of a box by what it is.
 _FILLS = {"operator": "#cfe2f3", "weights": "#fdebd0", "plain": "#ffffff", "value": "#eeeeee"}
@@ -142,14 +143,20 @@ def _is_number(value: ir.Value) -> bool:
 def _constant_text(value: ir.Value, weight_prefix: str) -> str:
     if value.const_value is None or not _is_number(value):
         return f"{(value.name or '').removeprefix(weight_prefix)} {_shape(value)}"
-    numbers = ", ".join(f"{number:g}" for number in value.const_value.numpy().flatten().tolist())
+    numbers = ", ".join(map(_number_text, value.const_value.numpy().flatten().tolist()))
     return f"[{numbers}]" if value.shape else numbers
+
+
+def _number_text(number: int | float) -> str:
+    if number == _TO_THE_END:
+        return "end"
+    return f"{number:g}" if isinstance(number, float) else str(number)
 
 
 def _attribute_text(name: str, value: AttributeText) -> str:
     if name == "to":  # of Cast
         return dtype_name(ir.DataType(value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value) if isinstance(value, str) else _number_text(value)
 
 
 def _typed(value: ir.Value) -> str:
