@@ -16,6 +16,7 @@ from trtforge.builder.inspection.layout import Layout, Point, lay_out
 from trtforge.plugins.op import DOMAIN
 
 MARGIN, TITLE_HEIGHT = 24, 44
+_MIN_WIDTH = 860  # of title and legend
 LINE_HEIGHT, PADDING = 15, 8
 CHARACTER_WIDTH = 6.7  # of the 11-pixel monospace font, with some air
 MAX_CHARACTERS = 44
@@ -61,7 +62,7 @@ def draw_layer(onnx_file: Path, index: int, file: Path) -> None:
             f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
             f"</head>\n<body>{picture}</body></html>"
         )
-    file.write_text(picture + "\n")
+    file.write_text(picture + "\n", encoding="utf-8")
 
 
 def layer_svg(layer: Layer, title: str) -> str:
@@ -69,7 +70,7 @@ def layer_svg(layer: Layer, title: str) -> str:
     boxes, values = _boxes(layer)
     layout = lay_out({box.key: box.size for box in boxes}, values)
     width, height = layout.width + 2 * MARGIN, layout.height + 2 * MARGIN + TITLE_HEIGHT
-    width = max(width, 8 * len(title) + 2 * MARGIN)
+    width = max(width, _MIN_WIDTH)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
         f'viewBox="0 0 {width:.0f} {height:.0f}" font-family="monospace" font-size="11">',

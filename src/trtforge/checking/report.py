@@ -14,7 +14,7 @@ from typing_extensions import Self
 from trtforge.checking.comparison import Errors, compare, tolerance
 from trtforge.checking.runtimes import candidates, run
 from trtforge.checking.schedule import Step, make_steps, num_blocks
-from trtforge.errors import ConfigError, EngineBuildError
+from trtforge.errors import ConfigError, EngineBuildError, TrtforgeError
 from trtforge.integrity import damaged_files
 from trtforge.manifest import Manifest, find_manifest_folder
 from trtforge.runtime.executor import Float32Array
@@ -42,8 +42,8 @@ class CheckReport:
     def of(cls, path: Path, against: str, seed: int) -> Self:
         """Check the build in `path`, a repository with one model or a model's folder.
 
-        Raises ConfigError if there is none, if its files are damaged, or if `against` or its own runtime does
-        not take it; and EngineBuildError if `against` computes NaN or infinity.
+        Raises ConfigError if there is none or if its files are damaged, EngineBuildError if `against`
+        computes NaN or infinity, and what `against` and its own runtime raise if they do not take it.
         """
         folder = find_manifest_folder(path)
         manifest = Manifest.load(folder)
@@ -64,7 +64,7 @@ class CheckReport:
                 continue
             try:
                 actual = run(runtime, folder, manifest, steps)
-            except ConfigError as error:
+            except TrtforgeError as error:
                 if runtime == manifest.runtime:
                     raise
                 reports.append(RuntimeReport(runtime, reason=str(error)))
