@@ -24,6 +24,7 @@ from trtforge.builder.staging import Staging, staging
 from trtforge.builder.tokenizer import write_tokenizer
 from trtforge.builder.verify import verify_graph
 from trtforge.errors import CapacityError, ConfigError, EngineBuildError
+from trtforge.integrity import file_digest
 from trtforge.manifest import KVCacheLayout, Manifest, ModelInfo, Rank, element_bytes
 
 if TYPE_CHECKING:
@@ -145,6 +146,8 @@ def _fill(
             engine = build_rank_engine(
                 version / graph, plan.target, plan.limits, kv_cache, cache, stage.on_fraction
             )
+    with stages.stage("hash files"):
+        digests = {name: file_digest(file) for name, file in _files(version).items()}
     with stages.stage("flush to disk"):
         area.flush()
     manifest = _manifest(exported, plan, kv_cache, key, Rank(onnx=graph.as_posix(), engine=engine))
@@ -156,14 +159,15 @@ def _fill(
         stages=stages.records,
     )
     report.save(version)
-    sizes = {
-        path.relative_to(version).as_posix(): path.stat().st_size
-        for path in sorted(version.rglob("*"))
-        if path.is_file()
-    }
-    manifest = manifest.model_copy(update={"files": sizes})
+    sizes = {name: file.stat().st_size for name, file in _files(version).items()}
+    manifest = manifest.model_copy(update={"files": sizes, "sha256": digests})
     install_triton_model(area.folder, manifest)
     return manifest, report
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """All files in `folder` by their names relative to it."""
+    return {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def _manifest(

@@ -52,7 +52,7 @@ def options(
     """Compile Hugging Face LLMs and serve them from a stock Triton Inference Server."""
 
 
-# Options that only the builder knows, whose imports take longer than a help text may.
+# Options that only the command itself knows, whose imports take longer than a help text may.
 _DEFERRED: dict[str, Any] = {
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 }
@@ -78,6 +78,22 @@ def compile_kernels(context: typer.Context) -> None:
     from trtforge.builder.kernels_command import compile_kernels as command
 
     _only(command)(args=context.args, prog_name="trtforge compile-kernels")
+
+
+@app.command(**_DEFERRED)
+def inspect(context: typer.Context) -> None:
+    """Say what is inside a build, whether its files are whole, and draw a layer of its graph."""
+    from trtforge.builder.inspection.command import inspect as command
+
+    _only(command)(args=context.args, prog_name="trtforge inspect")
+
+
+@app.command(**_DEFERRED)
+def check(context: typer.Context) -> None:
+    """Run a build through every runtime that can, and compare their logits with ONNX Runtime's."""
+    from trtforge.checking.command import check as command
+
+    _only(command)(args=context.args, prog_name="trtforge check")
 
 
 app.command()(serve)

@@ -112,7 +112,8 @@ class Rank(_Frozen):
 
 
 class Manifest(_Frozen):
-    """A built model. `files` maps every file of the build to its size in bytes."""
+    """A built model. `files` maps every file of the build to its size in bytes, `sha256` those that a runtime
+    reads to the hash of their bytes, in hex."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     trtforge_version: str
@@ -125,6 +126,7 @@ class Manifest(_Frozen):
     ranks: tuple[Rank, ...]
     tokenizer: str = "tokenizer"
     files: dict[str, int]
+    sha256: dict[str, str] = Field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write `folder`/manifest.json."""
@@ -143,3 +145,20 @@ class Manifest(_Frozen):
             raise ConfigError(f"{path} does not exist: build the model with build-engine first") from None
         except ValidationError as error:
             raise ConfigError(f"{path} is not a manifest this version reads, rebuild it: {error}") from None
+
+
+def find_manifest_folder(path: Path) -> Path:
+    """The folder of the one manifest in `path`: a repository, a model's folder in it, or that very folder.
+
+    Raises ConfigError if there is none, and if there are several.
+    """
+    patterns = (MANIFEST_FILE, f"*/{MANIFEST_FILE}", f"*/*/{MANIFEST_FILE}")
+    found = sorted({file.parent for pattern in patterns for file in path.glob(pattern)})
+    if not found:
+        raise ConfigError(
+            f"{path} holds no build: give a repository or a model's folder that build-engine has made"
+        )
+    if len(found) > 1:
+        names = ", ".join(str(folder.parent) for folder in found)
+        raise ConfigError(f"{path} holds {len(found)} builds, give the folder of one: {names}")
+    return found[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -11,10 +13,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from trtforge import cli
 from trtforge.builder.checkpoint import Checkpoint
 from trtforge.builder.export import export_model, write_graph
+from trtforge.builder.repository import VERSION_FOLDER, install_triton_model
+from trtforge.checking.onnxruntime_model import OnnxRuntimeModel
+from trtforge.checking.packing import PackedSequences
+from trtforge.integrity import file_digest
 from trtforge.manifest import DType, KVCacheLayout, LayerCache, Limits, Manifest, ModelInfo, Rank
-from trtforge.runtime.executor import Executor, Float32Array, ModelInputs
+from trtforge.runtime.executor import Executor, Float32Array
 
 VOCAB_SIZE = 128
 
@@ -22,50 +29,22 @@ VOCAB_SIZE = 128
 class SequenceDriver:
     """Feeds sequences to an executor step by step, with block tables of its own."""
 
-    def __init__(self, executor: Executor, block_order: Iterable[int] | None = None) -> None:
+    def __init__(
+        self, executor: Executor | OnnxRuntimeModel, block_order: Iterable[int] | None = None
+    ) -> None:
         """Blocks are given out in `block_order`, by default in ascending order."""
         spec = executor.kv_cache_spec()
         self._executor = executor
-        self._block_size = spec.block_size
-        self._free_blocks = list(range(spec.num_blocks) if block_order is None else block_order)[::-1]
-        self._tokens: dict[str, list[int]] = {}
-        self._blocks: dict[str, list[int]] = {}
-
-    def inputs(
-        self, new_tokens: Mapping[str, Sequence[int]], logits_indices: Sequence[int] | None = None
-    ) -> ModelInputs:
-        """Append tokens to sequences; by default the logits of all of them are wanted."""
-        positions: list[int] = []
-        slots: list[int] = []
-        for name, new in new_tokens.items():
-            tokens, blocks = self._tokens.setdefault(name, []), self._blocks.setdefault(name, [])
-            new_positions = range(len(tokens), len(tokens) + len(new))
-            tokens += new
-            while len(blocks) * self._block_size < len(tokens):
-                blocks.append(self._free_blocks.pop())
-            positions += new_positions
-            slots += [
-                blocks[position // self._block_size] * self._block_size + position % self._block_size
-                for position in new_positions
-            ]
-        tables = np.zeros((len(new_tokens), max(len(self._blocks[name]) for name in new_tokens)), np.int32)
-        for row, name in enumerate(new_tokens):
-            tables[row, : len(self._blocks[name])] = self._blocks[name]
-        return ModelInputs(
-            input_ids=np.concatenate([np.asarray(new, np.int32) for new in new_tokens.values()]),
-            position_ids=np.asarray(positions, np.int32),
-            block_tables=tables,
-            cu_seqlens=np.cumsum([0, *map(len, new_tokens.values())], dtype=np.int32),
-            context_lens=np.asarray([len(self._tokens[name]) for name in new_tokens], np.int32),
-            slot_mapping=np.asarray(slots, np.int32),
-            logits_indices=np.asarray(
-                range(len(positions)) if logits_indices is None else logits_indices, np.int32
-            ),
+        self._sequences = PackedSequences(
+            spec.block_size, range(spec.num_blocks) if block_order is None else block_order
         )
+        self.inputs = self._sequences.step
+        self.free = self._sequences.free
 
-    def step(self, new_tokens: Mapping[str, Sequence[int]]) -> dict[str, Float32Array]:
+    def step(self, new_tokens: Mapping[str, Sequence[int]], num_padding: int = 0) -> dict[str, Float32Array]:
         """Run one step; returns the logits of each sequence's new tokens, [new, vocab_size]."""
-        logits = self._executor.execute(self.inputs(new_tokens)).logits.copy()
+        inputs = self.inputs(new_tokens, num_padding=num_padding)
+        logits = self._executor.execute(inputs).logits.copy()
         ends = np.cumsum([len(new) for new in new_tokens.values()])
         return dict(zip(new_tokens, np.split(logits, ends[:-1]), strict=True))
 
@@ -76,11 +55,6 @@ class SequenceDriver:
             for name, logits in self.step(new_tokens).items():
                 rows.setdefault(name, []).append(logits)
         return {name: np.concatenate(logits) for name, logits in rows.items()}
-
-    def free(self, name: str) -> None:
-        """Forget a sequence; its blocks are the next ones given out."""
-        del self._tokens[name]
-        self._free_blocks += self._blocks.pop(name)
 
 
 @pytest.fixture(scope="session")
@@ -167,3 +141,45 @@ def export_tiny_llama(
 def tensorrt_rtx() -> ModuleType:
     """The package; tests that need it are skipped where it is not installed."""
     return pytest.importorskip("tensorrt_rtx", reason="needs the extra rtx")
+
+
+@pytest.fixture
+def make_repository(
+    export_tiny_llama: Callable[[DType], tuple[Path, Manifest]], tmp_path: Path
+) -> Callable[[DType], Path]:
+    """`make_repository(dtype)`: a repository of this test's own with the tiny llama, for openvino."""
+
+    def make(dtype: DType) -> Path:
+        graph_folder, manifest = export_tiny_llama(dtype)
+        version = tmp_path / "repository" / "llm" / VERSION_FOLDER
+        files = {f"rank0/{name}": version / "rank0" / name for name in ("model.onnx", "model.safetensors")}
+        (version / "rank0").mkdir(parents=True)
+        for file in files.values():
+            shutil.copy(graph_folder / file.name, file)
+        written = {
+            "ranks": (Rank(onnx="rank0/model.onnx"),),
+            "files": {name: file.stat().st_size for name, file in files.items()},
+            "sha256": {name: file_digest(file) for name, file in files.items()},
+        }
+        model = manifest.model.model_copy(update={"name": "llm"})
+        install_triton_model(version.parent, manifest.model_copy(update={**written, "model": model}))
+        return tmp_path / "repository"
+
+    return make
+
+
+@pytest.fixture
+def run_trtforge(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """`run_trtforge(*arguments)`: exit code, standard output and standard error of `trtforge`."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["trtforge", *arguments])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        output = capsys.readouterr()
+        return int(ended.value.code or 0), output.out, output.err
+
+    return run

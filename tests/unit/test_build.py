@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import shutil
@@ -120,6 +121,11 @@ def test_manifest_and_report_describe_the_model(first_build: BuildResult, checkp
     manifest = Manifest.load(version)
     assert manifest == first_build.manifest
     assert manifest.files.keys() == contents(version).keys() - {"manifest.json", "model.py"}
+    assert manifest.sha256 == {
+        name: hashlib.sha256(data).hexdigest()
+        for name, data in contents(version).items()
+        if name.startswith(("rank0", "tokenizer"))
+    }
     assert (manifest.runtime, manifest.dtype, manifest.limits.max_model_len) == ("openvino", "float32", 512)
     # Keys and values of 2 heads of 8 numbers of 4 bytes in 2 layers.
     assert manifest.kv_cache.bytes_per_token == 2 * 2 * 8 * 4 * 2

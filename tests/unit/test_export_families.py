@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 from torch.nn import functional
@@ -26,10 +25,11 @@ from trtforge import wire
 from trtforge.builder.checkpoint import Checkpoint
 from trtforge.builder.engine import Network, NetworkTensor, choose_target
 from trtforge.builder.export import ExportedModel, export_model, write_graph
+from trtforge.builder.inspection.layer import find_layer
 from trtforge.builder.lower import lower
 from trtforge.builder.profiles import make_profiles
-from trtforge.manifest import KVCacheLayout, Limits, Manifest
-from trtforge.plugins.function_bodies import add_function_bodies
+from trtforge.checking.onnxruntime_model import OnnxRuntimeModel
+from trtforge.manifest import KVCacheLayout, Limits, Manifest, Rank
 from trtforge.runtime.graph_file import read_graph_file
 from trtforge.runtime.reference_executor import ReferenceExecutor
 from trtforge.runtime.torch_graph import Node, compile_graph
@@ -146,60 +146,6 @@ def save_random_model(family: str, folder: Path) -> None:
     hf.save_pretrained(folder)
 
 
-class PagedRunner:
-    """Runs an exported graph step by step; remembers each sequence's tokens and blocks."""
-
-    def __init__(self, graph: Path, exported: ExportedModel) -> None:
-        """`graph` has no operators that ONNX Runtime does not know."""
-        self.session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-        self.caches = [
-            np.full((NUM_BLOCKS, 2, BLOCK_SIZE, layer.num_kv_heads, layer.head_dim), 7.0, np.float32)
-            for layer in exported.layers
-        ]
-        self.free = list(np.random.default_rng(0).permutation(NUM_BLOCKS))
-        self.tokens: dict[str, list[int]] = {}
-        self.blocks: dict[str, list[int]] = {}
-
-    def step(self, new_tokens: dict[str, list[int]], num_padding: int = 0) -> dict[str, np.ndarray]:
-        """Append tokens to sequences; returns the logits of each one's new tokens, [new, V].
-
-        `num_padding` rows that belong to no sequence and are not stored follow the real ones.
-        """
-        ids, positions, slots, cu_seqlens = [], [], [], [0]
-        for name, new in new_tokens.items():
-            tokens, blocks = self.tokens.setdefault(name, []), self.blocks.setdefault(name, [])
-            for token in new:
-                position = len(tokens)
-                if position % BLOCK_SIZE == 0:
-                    blocks.append(self.free.pop())
-                tokens.append(token)
-                ids.append(token)
-                positions.append(position)
-                slots.append(blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
-            cu_seqlens.append(len(ids))
-        num_tokens = len(ids)
-        tables = np.zeros((len(new_tokens), max(len(self.blocks[name]) for name in new_tokens)))
-        for row, name in enumerate(new_tokens):
-            tables[row, : len(self.blocks[name])] = self.blocks[name]
-        inputs = {
-            "input_ids": ids + [3] * num_padding,
-            "position_ids": positions + [0] * num_padding,
-            "block_tables": tables,
-            "cu_seqlens": cu_seqlens,
-            "context_lens": [len(self.tokens[name]) for name in new_tokens],
-            "slot_mapping": slots + [-1] * num_padding,
-            "logits_indices": np.arange(num_tokens)[::-1],
-        }
-        feeds = {name: np.asarray(value, np.int32) for name, value in inputs.items()}
-        feeds |= {wire.kv_cache_input(layer): cache for layer, cache in enumerate(self.caches)}
-        logits, *self.caches = self.session.run(None, feeds)
-        rows = logits[::-1]
-        return {
-            name: rows[begin:end]
-            for name, begin, end in zip(new_tokens, cu_seqlens[:-1], cu_seqlens[1:], strict=True)
-        }
-
-
 @dataclass(frozen=True)
 class Family:
     """An exported model, a schedule of steps, and the logits that Hugging Face has for each text."""
@@ -241,21 +187,28 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Family(folder / "graph", exported, steps, expected)
 
 
-def run_steps(graph: Path, family: Family) -> dict[str, np.ndarray]:
-    """The logits of each text's tokens, [tokens, V]."""
-    runner = PagedRunner(graph, family.exported)
-    logits: dict[str, list[np.ndarray]] = {name: [] for name in family.expected}
-    for new_tokens, num_padding in family.steps:
-        for name, rows in runner.step(new_tokens, num_padding).items():
-            logits[name].append(rows)
-    return {name: np.concatenate(rows) for name, rows in logits.items()}
+@pytest.fixture
+def check_graph(
+    family: Family, make_manifest: Callable[..., Manifest], drive: Callable[..., Any]
+) -> Callable[[str], None]:
+    """`check_graph(file)`: in ONNX Runtime, that graph of the family computes what Hugging Face does."""
+
+    def check(file: str) -> None:
+        manifest = make_manifest(family.exported.layers, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS)
+        manifest = manifest.model_copy(update={"ranks": (Rank(onnx=file),)})
+        blocks = np.random.default_rng(0).permutation(NUM_BLOCKS).tolist()
+        driver = drive(OnnxRuntimeModel(family.folder, manifest), blocks)
+        logits: dict[str, list[np.ndarray]] = {name: [] for name in family.expected}
+        for new_tokens, num_padding in family.steps:
+            for name, rows in driver.step(new_tokens, num_padding).items():
+                logits[name].append(rows)
+        family.check({name: np.concatenate(rows) for name, rows in logits.items()})
+
+    return check
 
 
-def test_packed_steps_equal_hugging_face(family: Family) -> None:
-    graph = family.folder / "with_bodies.onnx"
-    model = onnx.load(family.folder / "model.onnx", load_external_data=False)
-    onnx.save(add_function_bodies(model), graph)
-    family.check(run_steps(graph, family))
+def test_packed_steps_equal_hugging_face(check_graph: Callable[[str], None]) -> None:
+    check_graph("model.onnx")
 
 
 def test_reference_executor_equals_hugging_face(
@@ -297,11 +250,11 @@ ENGINE_FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "mixtral
 
 @pytest.mark.parametrize("family", ENGINE_FAMILIES, indirect=True)
 def test_lowered_graph_equals_hugging_face_and_builds_into_an_engine(
-    family: Family, tensorrt_rtx: ModuleType
+    family: Family, check_graph: Callable[[str], None], tensorrt_rtx: ModuleType
 ) -> None:
     lowered = ir.to_proto(lower(family.folder / "model.onnx", BLOCK_SIZE))
     onnx.save(lowered, family.folder / "lowered.onnx")
-    family.check(run_steps(family.folder / "lowered.onnx", family))
+    check_graph("lowered.onnx")
     # 0, 1, … of tokens, of rows and of cache slots: in front of the layers, not in each of them.
     assert [node.op_type for node in lowered.graph.node].count("Range") == 3
 
@@ -323,3 +276,28 @@ def test_lowered_graph_equals_hugging_face_and_builds_into_an_engine(
     limits = Limits(max_model_len=64, max_num_seqs=8, max_num_batched_tokens=32)
     profiles = make_profiles("tensorrt_rtx", limits, kv_cache)
     assert network.build(choose_target("tensorrt-rtx"), profiles).nbytes > 0.9 * family.exported.weight_bytes
+
+
+def test_each_layer_is_found_whole(family: Family) -> None:
+    """Whatever its weights are called and however its residuals run."""
+    model = ir.load(family.folder / "model.onnx")
+    layers = [find_layer(model, index) for index in range(2)]
+    for index, layer in enumerate(layers):
+        assert layer.weight_prefix.endswith(f".{index}.")
+        used = {value.name for node in layer.nodes for value in node.inputs if value is not None}
+        owned = {name for name in model.graph.initializers if name.startswith(layer.weight_prefix)}
+        assert owned
+        assert owned <= used
+        assert sum(node.op_type == "PagedAttention" for node in layer.nodes) == 1
+    first, second = (set(layer.nodes) for layer in layers)
+    assert not first & second
+    # Nothing is left out between them, and only one hidden state goes from one to the other.
+    leaving = {value for node in first for value in node.outputs if not first.issuperset(value.consumers())}
+    (hidden_state,) = (value for value in leaving if not value.is_graph_output())
+    assert second.issuperset(hidden_state.consumers())
+    # What else the second layer takes from other nodes, others take too.
+    entering = {value for node in second for value in node.inputs if value is not None} - {hidden_state}
+    for value in entering:
+        assert (
+            value.producer() is None or value.producer() in second or not second.issuperset(value.consumers())
+        )
