@@ -3,7 +3,7 @@ matrix rate, both beside torch's own attention on contiguous keys and values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,26 +70,27 @@ class Step:
         return self.num_seqs * 4 * HEADS * HEAD_DIM * seen
 
 
-def _calls() -> Iterator[tuple[str, Call]]:
-    for cache_dtype in CACHE_DTYPES:
-        tokens = dict.fromkeys(("q", "k", "v"), "bfloat16")
-        numbers = dict.fromkeys(("block_tables", "cu_seqlens", "context_lens", "slot_mapping"), "int32")
-        shapes: dict[str, tuple[int, ...]] = {
-            "q": (-1, HEADS, HEAD_DIM),
-            "k": (-1, KV_HEADS, HEAD_DIM),
-            "v": (-1, KV_HEADS, HEAD_DIM),
-            "kv_cache": (-1, 2, BLOCK_SIZE, KV_HEADS, HEAD_DIM),
-            "block_tables": (-1, -1),
-            **dict.fromkeys(("cu_seqlens", "context_lens", "slot_mapping"), (-1,)),
-        }
-        dtypes = tokens | numbers | {"kv_cache": str(cache_dtype).removeprefix("torch.")}
-        if cache_dtype != torch.bfloat16:
-            shapes |= {"k_scale": (1,), "v_scale": (1,)}
-            dtypes |= {"k_scale": "float32", "v_scale": "float32"}
-        yield "PagedAttention", Call(shapes, dtypes, ATTRIBUTES)
+def _call(heads: int, kv_heads: int, head_dim: int, cache_dtype: torch.dtype) -> tuple[str, Call]:
+    shapes: dict[str, tuple[int, ...]] = {
+        "q": (-1, heads, head_dim),
+        "k": (-1, kv_heads, head_dim),
+        "v": (-1, kv_heads, head_dim),
+        "kv_cache": (-1, 2, BLOCK_SIZE, kv_heads, head_dim),
+        "block_tables": (-1, -1),
+        **dict.fromkeys(("cu_seqlens", "context_lens", "slot_mapping"), (-1,)),
+    }
+    dtypes = dict.fromkeys(shapes, "int32") | dict.fromkeys(("q", "k", "v"), "bfloat16")
+    dtypes["kv_cache"] = str(cache_dtype).removeprefix("torch.")
+    if cache_dtype != torch.bfloat16:
+        shapes |= {"k_scale": (1,), "v_scale": (1,)}
+        dtypes |= {"k_scale": "float32", "v_scale": "float32"}
+    return "PagedAttention", Call(shapes, dtypes, {**ATTRIBUTES, "scale": head_dim**-0.5})
 
 
-ATTENTION_CALLS = tuple(_calls())
+ATTENTION_CALLS = (
+    *(_call(HEADS, KV_HEADS, HEAD_DIM, cache_dtype) for cache_dtype in CACHE_DTYPES),
+    _call(9, 3, 64, torch.bfloat16),  # SmolLM2-135M, for the whole models
+)
 
 
 def bench_attention(settings: Settings) -> Outcome:
