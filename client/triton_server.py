@@ -219,8 +219,10 @@ class TritonServer:
         self._check_alive()
 
     def _accepts_connections(self) -> bool:
+        """On all ports: the server opens them one after the other."""
         try:
-            socket.create_connection((self._local_host, self.ports.grpc), timeout=1).close()
+            for port in (self.ports.grpc, self.ports.http, self.ports.metrics):
+                socket.create_connection((self._local_host, port), timeout=1).close()
         except OSError:
             return False
         return True
