@@ -23,7 +23,8 @@ from trtforge.errors import ConfigError, EngineBuildError
 from trtforge.manifest import LayerCache
 from trtforge.plugins.paged_attention.op import PAGED_ATTENTION
 from trtforge.runtime.graph_file import read_graph_file, weight_files
-from trtforge.runtime.openvino_passes import compute_in_float32, merge_projections
+from trtforge.runtime.openvino_passes import compute_in_float32, is_constant, merge_projections
+from trtforge.runtime.openvino_weights import dequantize_linear
 
 BLOCK_SIZE = 32  # tokens; fixed in the CPU plugin
 
@@ -118,6 +119,7 @@ def read_graph(path: Path, layers: tuple[LayerCache, ...], *, transpose_weights:
     _check_graph(path, len(layers))
     core = ov.Core()
     core.add_extension(ConversionExtension("Linear", _DOMAIN, _linear_converter(transpose_weights)))
+    core.add_extension(ConversionExtension("DequantizeLinear", "", dequantize_linear))
     core.add_extension(ConversionExtension("PagedAttention", _DOMAIN, _attention_converter(layers)))
     try:
         model = core.read_model(path)
@@ -181,7 +183,7 @@ def _constant(value: npt.ArrayLike, dtype: npt.DTypeLike = None) -> Any:
 def _linear_converter(transpose_weights: bool) -> Callable[[Any], list[Any]]:
     def convert(context: Any) -> list[Any]:
         x, weight = context.get_input(0), context.get_input(1)
-        if transpose_weights:
+        if transpose_weights and is_constant(weight):
             # bfloat16 has no numpy type: `data` then holds the same bits as float16, which are only moved.
             bits = np.ascontiguousarray(weight.get_node().data.T)
             tensor = ov.Tensor(bits, ov.Shape(bits.shape), weight.get_element_type())
