@@ -35,6 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "fp8": {"dtype": "bfloat16", "fp8": True},
     "int4": {"dtype": "bfloat16", "int4": True},
     "int4-g32": {"dtype": "bfloat16", "int4": True, "group_size": 32},
+    "int4-awq": {"dtype": "bfloat16", "int4": True, "calibrate": "awq"},
 }
 
 

@@ -23,13 +23,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trtforge.builder.checkpoint import Checkpoint
 from trtforge.builder.quantization.calibration_texts import MODELOPT, texts_digest
-from trtforge.builder.quantization.policy import Quantization, choose_group_size, find_exclusion
+from trtforge.builder.quantization.policy import (
+    Quantization,
+    check_exclusions,
+    choose_group_size,
+    find_exclusion,
+)
 from trtforge.errors import ConfigError, ExportError
 from trtforge.plugins.int4_gemm.op import GROUP_SIZES
 
 _TOOLS = (MODELOPT, "torch", "transformers")
 _NUM_SEQUENCES, _SEQUENCE_TOKENS = 32, 256
-_BATCH = 8  # sequences; with each batch ModelOpt rounds all weights again, for each scale that it tries
+_BATCH = 16  # sequences; with each batch ModelOpt rounds all weights again, for each scale that it tries
 
 
 def default_cache_folder() -> Path:
@@ -135,6 +140,7 @@ def _recipe(hf: Any, quantization: Quantization) -> list[dict[str, Any]]:
 
     All get groups of one size, which the checkpoint's format asks for: the largest that divides most.
     """
+    check_exclusions([name for name, _ in hf.named_parameters()], quantization.exclude)
     embedding = hf.get_output_embeddings()
     linears = {
         name: module.in_features

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from trtforge.builder.checkpoint import Checkpoint
 from trtforge.builder.export import ExportedModel, export_model, write_graph
+from trtforge.builder.quantization.awq import calibrate_awq
+from trtforge.builder.quantization.calibration_texts import calibration_texts
 from trtforge.builder.quantization.parts import LatestParts, Part
 from trtforge.builder.quantization.policy import Lowering, Quantization, check_exclusions, choose_lowering
 from trtforge.builder.quantization.rounding import round_weight
@@ -265,3 +268,44 @@ def test_runtimes_without_an_operator_for_a_format_are_refused() -> None:
         choose_lowering("reference", "int8")
     with pytest.raises(ConfigError, match="not built for --runtime tensorrt-rtx yet"):
         choose_lowering("tensorrt-rtx", None)
+
+
+# --------------------------------------------------------------------------- calibration
+
+
+def test_awq_makes_a_checkpoint_once(
+    tiny_llama: Path, tiny_tokenizer: Path, tmp_path: Path, drive: Drive, make_manifest: MakeManifest
+) -> None:
+    """ModelOpt's numbers go into the graph as they are, and are found again."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_tokenizer, model)
+    # The tokenizer has more tokens than the model that other tests share.
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(tiny_llama, vocab_size=512)
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    checkpoint = Checkpoint.open(str(model))
+    texts = calibration_texts(None)
+    progress: list[tuple[int, int]] = []
+    quantization = Quantization("int4", exclude=("model.layers.1.mlp.*",), calibration_sha256="any")
+
+    def calibrate() -> Path:
+        return calibrate_awq(
+            checkpoint, quantization, texts, tmp_path / "cache", lambda *counts: progress.append(counts)
+        )
+
+    folder = calibrate()
+    assert progress[-1] == (64, 64)
+    calls = len(progress)
+    assert calibrate() == folder
+    assert len(progress) == calls
+    calibrated = Checkpoint.open(str(folder))
+    assert len(calibrated.quantized) == 11
+    assert {linear.group_size for linear in calibrated.quantized.values()} == {32}
+    exported = export_model(calibrated, "float32", lowering="plugin")
+    write_graph(exported, tmp_path)
+    manifest = make_manifest(exported.layers, vocab_size=512)
+    logits = logits_of(ReferenceExecutor(tmp_path, manifest, device=torch.device("cpu")), drive)
+    hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        expected = hf(torch.tensor([TEXT])).logits[0].numpy()
+    assert relative_error(logits, expected) < 0.3
