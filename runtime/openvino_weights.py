@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,24 +10,26 @@ import numpy.typing as npt
 import openvino as ov
 import openvino.opset13 as ops
 
-_BFLOAT16 = 16  # ONNX's number of the type
 _FP8_BLOCK_SIZE = 128
 _EXPANDED_ROWS = 256  # at a time, for little memory
 
 
-def dequantize_linear(context: Any) -> list[Any]:
-    """Convert ONNX's DequantizeLinear of a weight [out, in], with scales of the whole, rows or blocks.
+def dequantization_converter(is_bfloat16: bool) -> Callable[[Any], list[Any]]:
+    """Converts ONNX's DequantizeLinear of weights [out, in], with scales of the whole, rows or blocks.
 
     Integers stay as they are in memory: the plugin multiplies by them. It does so with no 8-bit floats, which
     become what the graph computes in, once, here.
     """
-    weight, scales = context.get_input(0).get_node(), context.get_input(1).get_node()
-    is_bfloat16 = context.get_attribute("output_dtype", 0) == _BFLOAT16
-    if weight.get_output_element_type(0) == ov.Type.f8e4m3:
-        return [_expand_fp8(weight, scales, is_bfloat16).output(0)]
-    zeros = context.get_input(2).get_node() if context.get_input_size() > 2 else None
-    out = _dequantize_integers(weight, scales, zeros)
-    return [(ops.convert(out, "bf16") if is_bfloat16 else out).output(0)]
+
+    def convert(context: Any) -> list[Any]:
+        weight, scales = context.get_input(0).get_node(), context.get_input(1).get_node()
+        if weight.get_output_element_type(0) == ov.Type.f8e4m3:
+            return [_expand_fp8(weight, scales, is_bfloat16).output(0)]
+        zeros = context.get_input(2).get_node() if context.get_input_size() > 2 else None
+        out = _dequantize_integers(weight, scales, zeros)
+        return [(ops.convert(out, "bf16") if is_bfloat16 else out).output(0)]
+
+    return convert
 
 
 def _dequantize_integers(weight: Any, scales: Any, zeros: Any) -> Any:

@@ -213,11 +213,16 @@ def _replace_weight(
     return sum(part_value.const_value.nbytes for part_value in parts.values())
 
 
-def _insert(graph: ir.Graph, node: ir.Node, before: ir.Node, index: int = 0) -> None:
-    """Put the node `before` in front of `node`, whose input `index` its output becomes."""
+def _insert(
+    graph: ir.Graph, node: ir.Node, before: ir.Node, index: int = 0, dtype: ir.DataType | None = None
+) -> None:
+    """Put the node `before` in front of `node`, whose input `index` its output becomes.
+
+    The output has that input's shape and, without `dtype`, its type.
+    """
     result, replaced = before.outputs[0], node.inputs[index]
     result.name = f"{node.outputs[0].name}_{before.op_type}"
-    result.type, result.shape = ir.TensorType(replaced.dtype), replaced.shape
+    result.type, result.shape = ir.TensorType(dtype or replaced.dtype), replaced.shape
     graph.insert_before(node, before)
     node.replace_input_with(index, result)
 
@@ -225,7 +230,11 @@ def _insert(graph: ir.Graph, node: ir.Node, before: ir.Node, index: int = 0) -> 
 def _use_standard_operators(
     graph: ir.Graph, node: ir.Node, linear: QuantizedLinear, parts: Mapping[str, ir.Value], dtype: ir.DataType
 ) -> None:
-    """Linear stays, and its weight becomes the result of a DequantizeLinear."""
+    """Linear stays, and its weight becomes the result of a DequantizeLinear.
+
+    Its type is that of the scales. A conversion follows, and not the attribute `output_dtype`, which ONNX
+    Runtime does not know yet.
+    """
     if PERM in parts:
         _insert(graph, node, ir.node("Gather", [node.inputs[0], parts[PERM]], {"axis": -1}))
     attributes = {"axis": 1 if len(parts[SCALES].shape) == 2 else 0}
@@ -233,10 +242,11 @@ def _use_standard_operators(
         attributes["block_size"] = linear.group_size or linear.shape[1]
     elif len(parts[SCALES].shape) == 2:
         attributes["block_size"] = SCALE_BLOCK
-    if dtype != ir.DataType.FLOAT:  # that of the scales
-        attributes["output_dtype"] = dtype.value
     inputs = [parts[key] for key in (VALUES, SCALES, ZEROS) if key in parts]
-    _insert(graph, node, ir.node("DequantizeLinear", inputs, attributes), index=1)
+    dequantize = ir.node("DequantizeLinear", inputs, attributes)
+    _insert(graph, node, dequantize, index=1, dtype=ir.DataType.FLOAT)
+    if dtype != ir.DataType.FLOAT:
+        _insert(graph, node, ir.node("Cast", [node.inputs[1]], {"to": dtype.value}), index=1, dtype=dtype)
 
 
 def _use_own_operator(
