@@ -57,7 +57,9 @@ class TensorEntry:
     nbytes: int
 
     def read(self) -> npt.NDArray[Any]:
-        """The whole tensor. Raises ExportError if the file became shorter."""
+        """The whole tensor. Raises ExportError for an unknown dtype, and if the file became shorter."""
+        if self.dtype not in _NUMPY_DTYPES:
+            raise ExportError(f"{self.file} has a tensor of dtype {self.dtype}, which is not known")
         with self.file.open("rb") as stream:
             stream.seek(self.offset)
             data = stream.read(self.nbytes)

@@ -249,6 +249,8 @@ def _bytes_with_scale(module: _Module, scale_part: str) -> QuantizedLinear | Non
     weight = module.need("weight")
     if weight.dtype not in ("F8_E4M3", "I8"):
         return None
+    if module.get("weight_zero_point") is not None:
+        raise module.refuse("with zero points of bytes")
     out_features, in_features = weight.shape
     kind = _scale_kind(module, scale_part, out_features, in_features)
     source = f"from the checkpoint ({module.method})"

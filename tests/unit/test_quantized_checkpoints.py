@@ -309,6 +309,19 @@ def test_variants_that_are_not_known_are_refused_by_name(
         Checkpoint.open(str(tmp_path / "model"))
 
 
+def test_bytes_with_zero_points_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    settings, store, _ = FORMATS["compressed-int8"]
+
+    def store_asymmetric(weight: np.ndarray) -> Stored:
+        stored = store(weight)
+        zeros = torch.ones(len(weight), 1, dtype=torch.int8)
+        return Stored({**stored.tensors, "weight_zero_point": zeros}, stored.meaning)
+
+    quantize(tiny_llama, tmp_path / "model", settings, store_asymmetric)
+    with pytest.raises(ExportError, match="with zero points of bytes"):
+        Checkpoint.open(str(tmp_path / "model"))
+
+
 def test_a_checkpoint_that_only_says_so_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_llama, tmp_path / "model")
     change_config(tmp_path / "model", quantization_config={"quant_method": "gptq", "bits": 4})
