@@ -38,6 +38,8 @@ def plan(max_model_len: int = 8192, kv_cache_bytes: int | None = None, block_siz
         (["--int4", "--fp8"], "--int4 and --fp8 are formats of the same weights: give one of them"),
         (["--int4", "--group-size", "48"], "--group-size 48 is not allowed: it is one of 32, 64, 128"),
         (["--fp8", "--group-size", "64"], "--group-size is for the scales of --int4"),
+        (["--fp8", "--calibrate", "awq"], "--calibrate awq makes weights of four bits: give --int4 too"),
+        (["--int4", "--calibration-text", "x"], "--calibration-text is what --calibrate awq reads"),
         (["--exclude", "*.down_proj.weight"], "--exclude says what --int4, --fp8 or --int8 leaves as it is"),
         (["--runtime", "tensorrt"], "--runtime tensorrt is not built yet: use --runtime openvino"),
         (["--gpu", "sm_89"], "--gpu is for TensorRT's engines: give --runtime tensorrt-rtx too"),

@@ -273,6 +273,17 @@ def test_runtimes_without_an_operator_for_a_format_are_refused() -> None:
 # --------------------------------------------------------------------------- calibration
 
 
+def test_calibration_texts_are_the_same_each_time_or_a_file_s_lines(tmp_path: Path) -> None:
+    texts = calibration_texts(None)
+    assert texts == calibration_texts(None)
+    assert sum(map(len, texts)) > 4 * 32 * 256  # tokens have some four characters
+    file = tmp_path / "texts.txt"
+    file.write_text("one\n\ntwo\n")
+    assert calibration_texts(file) == ["one", "two"]
+    with pytest.raises(ConfigError, match=r"--calibration-text .*missing\.txt cannot be read"):
+        calibration_texts(tmp_path / "missing.txt")
+
+
 def test_awq_makes_a_checkpoint_once(
     tiny_llama: Path, tiny_tokenizer: Path, tmp_path: Path, drive: Drive, make_manifest: MakeManifest
 ) -> None:
@@ -293,6 +304,8 @@ def test_awq_makes_a_checkpoint_once(
             checkpoint, quantization, texts, tmp_path / "cache", lambda *counts: progress.append(counts)
         )
 
+    with pytest.raises(ConfigError, match="the calibration text has [0-9]+ tokens: give at least 256"):
+        calibrate_awq(checkpoint, quantization, ["short"], tmp_path / "cache", lambda *counts: None)
     folder = calibrate()
     assert progress[-1] == (64, 64)
     calls = len(progress)
