@@ -304,7 +304,7 @@ def test_awq_makes_a_checkpoint_once(
             checkpoint, quantization, texts, tmp_path / "cache", lambda *counts: progress.append(counts)
         )
 
-    with pytest.raises(ConfigError, match="the calibration text has [0-9]+ tokens: give at least 256"):
+    with pytest.raises(ConfigError, match=r"the calibration text has [0-9]+ tokens: give at least 256"):
         calibrate_awq(checkpoint, quantization, ["short"], tmp_path / "cache", lambda *counts: None)
     folder = calibrate()
     assert progress[-1] == (64, 64)
