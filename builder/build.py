@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,11 @@ from trtforge.builder.existing import find_existing
 from trtforge.builder.key import build_key
 from trtforge.builder.options import BuildOptions
 from trtforge.builder.plan import BuildPlan, make_plan, plan_kv_cache
+from trtforge.builder.quantization.calibration_texts import calibration_texts
+from trtforge.builder.quantization.policy import Quantization
 from trtforge.builder.report import BuildReport
 from trtforge.builder.repository import VERSION_FOLDER, install_triton_model
-from trtforge.builder.stages import Stages
+from trtforge.builder.stages import Stage, Stages
 from trtforge.builder.staging import Staging, staging
 from trtforge.builder.tokenizer import write_tokenizer
 from trtforge.builder.verify import verify_graph
@@ -62,13 +64,17 @@ def build(options: BuildOptions, console: Console | None = None) -> BuildResult:
         with staging(target) as area, Stages(console) as stages:
             with stages.stage("open checkpoint"):
                 checkpoint = Checkpoint.open(options.model)
-                plan = make_plan(options, checkpoint.config, checkpoint.dtype)
+                plan = make_plan(options, checkpoint.config, checkpoint.dtype, checkpoint.quant_method)
             with stages.stage("hash checkpoint"):
                 key = build_key(checkpoint.content_key(), plan)
             cached = _reuse(target, key, options)
             if cached is not None:
                 return cached
             _check_disk_space(area.folder, checkpoint, plan)
+            if plan.quantization is not None and plan.quantization.calibration_sha256 is not None:
+                with stages.stage("calibrate") as stage:
+                    checkpoint = _calibrate(checkpoint, plan.quantization, options, stage)
+                plan = replace(plan, quantization=None)  # the weights are quantized now
             manifest, report = _fill(area, checkpoint, plan, key, options.model, cache, stages)
             find_existing(target)  # again: building took a while
             area.publish()
@@ -81,6 +87,23 @@ def _open_cache(options: BuildOptions) -> EngineCache | None:
     if options.runtime != "tensorrt-rtx" or options.engine_cache is None:
         return None
     return EngineCache(options.engine_cache)
+
+
+def _calibrate(
+    checkpoint: Checkpoint, quantization: Quantization, options: BuildOptions, stage: Stage
+) -> Checkpoint:
+    """The same model with quantized weights."""
+    from trtforge.builder.quantization.awq import calibrate_awq, default_cache_folder
+
+    stage.describe("run the model on texts")
+    folder = calibrate_awq(
+        checkpoint,
+        quantization,
+        calibration_texts(options.calibration_text),
+        default_cache_folder(),
+        stage.on_progress,
+    )
+    return Checkpoint.open(str(folder))
 
 
 def _reuse(target: Path, key: str, options: BuildOptions) -> BuildResult | None:
@@ -101,8 +124,10 @@ def _reuse(target: Path, key: str, options: BuildOptions) -> BuildResult | None:
 
 
 def _check_disk_space(folder: Path, checkpoint: Checkpoint, plan: BuildPlan) -> None:
-    num_elements = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    weight_bytes = num_elements * element_bytes(plan.dtype)
+    shapes = [tensor.shape for tensor in checkpoint.tensors.values()]
+    shapes += [linear.shape for linear in checkpoint.quantized.values()]
+    # An upper bound: as if nothing was quantized.
+    weight_bytes = sum(map(math.prod, shapes)) * element_bytes(plan.dtype)
     # An engine holds the weights once more.
     needed_bytes = weight_bytes * (1 if plan.target is None else 2) + _OTHER_BYTES
     free_bytes = shutil.disk_usage(folder).free
@@ -130,7 +155,13 @@ def _fill(
         # Its imports take seconds, which a cache hit does without.
         from trtforge.builder.export import ONNX_FILE, export_model, write_graph
 
-        exported = export_model(checkpoint, plan.dtype, on_stage=stage.describe)
+        exported = export_model(
+            checkpoint,
+            plan.dtype,
+            quantization=plan.quantization,
+            lowering=plan.lowering,
+            on_stage=stage.describe,
+        )
         kv_cache = plan_kv_cache(plan, exported.layers)
     with stages.stage("write graph and weights") as stage:
         write_graph(exported, version / RANK_FOLDER, on_bytes=stage.on_progress)
@@ -156,6 +187,7 @@ def _fill(
         source=source,
         num_nodes=exported.num_nodes,
         weight_bytes=exported.weight_bytes,
+        weights=exported.weights,
         stages=stages.records,
     )
     report.save(version)

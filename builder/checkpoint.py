@@ -8,14 +8,19 @@ import math
 import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig
 
+from trtforge.builder.quantization.checkpoint_formats import find_quantized
+from trtforge.builder.quantization.weights import QuantizedLinear
 from trtforge.errors import ConfigError, ExportError
 from trtforge.manifest import DType
 
@@ -23,10 +28,22 @@ from trtforge.manifest import DType
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 _MODELOPT_FILE = "hf_quant_config.json"  # of NVIDIA ModelOpt
-_CONFIG_FILES = ("config.json", "generation_config.json", "*.jinja")
+_CONFIG_FILES = ("config.json", "generation_config.json", _MODELOPT_FILE, "*.jinja")
 _READ_BYTES = 1 << 24
 
 FLOAT_DTYPES: Mapping[str, DType] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+_NUMPY_DTYPES: Mapping[str, Any] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I8": np.int8,
+    "U8": np.uint8,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +56,17 @@ class TensorEntry:
     offset: int
     nbytes: int
 
+    def read(self) -> npt.NDArray[Any]:
+        """The whole tensor. Raises ExportError for an unknown dtype, and if the file became shorter."""
+        if self.dtype not in _NUMPY_DTYPES:
+            raise ExportError(f"{self.file} has a tensor of dtype {self.dtype}, which is not known")
+        with self.file.open("rb") as stream:
+            stream.seek(self.offset)
+            data = stream.read(self.nbytes)
+        if len(data) != self.nbytes:
+            raise ExportError(f"{self.file} became shorter while it was read")
+        return np.frombuffer(data, _NUMPY_DTYPES[self.dtype]).reshape(self.shape)
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -46,8 +74,10 @@ class Checkpoint:
 
     folder: Path
     config: Any  # transformers.PretrainedConfig
-    tensors: Mapping[str, TensorEntry]
-    dtype: DType  # that most of the weights have
+    tensors: Mapping[str, TensorEntry]  # but those that quantized weights consist of
+    dtype: DType  # that most of the weights have that are not quantized
+    quant_method: str | None = None  # None: no weight is quantized
+    quantized: Mapping[str, QuantizedLinear] = field(default_factory=dict)  # by the weight's name
 
     @classmethod
     def open(cls, model: str) -> Checkpoint:
@@ -59,9 +89,13 @@ class Checkpoint:
         folder = Path(model)
         if not folder.is_dir():
             folder = _download(model)
-        config = _read_config(folder)
+        config, settings = _read_config(folder)
         tensors = _read_index(folder)
-        return cls(folder, config, tensors, _common_dtype(folder, tensors))
+        if settings is None:
+            return cls(folder, config, tensors, _common_dtype(folder, tensors))
+        method = str(settings.get("quant_method"))
+        found = find_quantized(method, settings, tensors)
+        return cls(folder, config, found.rest, _common_dtype(folder, found.rest), method, found.linears)
 
     def content_key(self) -> str:
         """SHA-256, in hex, over the names and bytes of configuration, tokenizer and weights."""
@@ -84,7 +118,12 @@ def open_config(model: str) -> tuple[Any, DType | None]:
     folder = Path(model)
     if not folder.is_dir():
         folder = _download(model, ("config.json", _MODELOPT_FILE))
-    config = _read_config(folder)
+    config, settings = _read_config(folder)
+    if settings is not None:
+        raise ExportError(
+            f"the checkpoint is quantized ({settings.get('quant_method')}), which is not planned yet: give "
+            "the model in float32, bfloat16 or float16"
+        )
     tensors: dict[str, TensorEntry] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors.update(_read_header(file.resolve()))
@@ -116,14 +155,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read_config(folder: Path) -> Any:
+def _read_config(folder: Path) -> tuple[Any, dict[str, Any] | None]:
+    """The model's configuration without that of its quantization, and the latter if there is one."""
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: {folder} is not a Hugging Face model folder")
     values = read_json(path)
-    _refuse_quantized(folder, values)
+    settings = _quantization_settings(folder, values)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         model_type = values.get("model_type")
         if "auto_map" in values:
@@ -132,21 +172,25 @@ def _read_config(folder: Path) -> Any:
                 "that transformers implements can be exported"
             ) from None
         raise ExportError(f"transformers cannot read {path} (model type {model_type!r}): {error}") from None
+    for scope in (config, config.get_text_config()):
+        if hasattr(scope, "quantization_config"):
+            del scope.quantization_config
+    return config, settings
 
 
-def _refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuse what transformers could load without its scales and without an error."""
+def _quantization_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How the weights are quantized, with `quant_method`. Transformers could load some without their scales
+    and without an error."""
     found = [scope.get("quantization_config") for scope in (config, config.get("text_config") or {})]
     found.append(config.get("compression_config"))
-    method = next((str(entry.get("quant_method", "unknown method")) for entry in found if entry), None)
+    settings: dict[str, Any] | None = next((entry for entry in found if entry), None)
     side_file = folder / _MODELOPT_FILE
-    if method is None and side_file.is_file():
-        method = str(read_json(side_file).get("quantization", {}).get("quant_algo", side_file.name))
-    if method is not None:
-        raise ExportError(
-            f"the checkpoint is quantized ({method}), which is not supported yet: give the model in float32, "
-            "bfloat16 or float16"
-        )
+    if settings is not None:
+        return {"quant_method": "unknown method"} | settings
+    if side_file.is_file():
+        of_modelopt: dict[str, Any] = read_json(side_file).get("quantization", {})
+        return {"quant_method": "modelopt"} | of_modelopt
+    return None
 
 
 def _read_index(folder: Path) -> dict[str, TensorEntry]:

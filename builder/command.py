@@ -12,6 +12,7 @@ from rich.console import Console
 
 from trtforge.builder.options import (
     BuildOptions,
+    CalibrationChoice,
     DTypeChoice,
     RuntimeChoice,
     parse_bytes,
@@ -36,8 +37,47 @@ def build(
     ] = "auto",
     tp: Annotated[int, typer.Option(help="Ranks that share every layer (only 1 today).")] = 1,
     pp: Annotated[int, typer.Option(help="Ranks with some layers each (only 1 today).")] = 1,
-    fp8: Annotated[bool, typer.Option("--fp8", help="FP8 weights (not built yet).")] = False,
-    int4: Annotated[bool, typer.Option("--int4", help="INT4 weights (not built yet).")] = False,
+    fp8: Annotated[
+        bool, typer.Option("--fp8", help="Round weights to 8-bit floats (e4m3), a scale a row.")
+    ] = False,
+    int4: Annotated[
+        bool, typer.Option("--int4", help="Round weights to four bits, a scale for a group of columns.")
+    ] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Round weights to 8-bit integers, a scale a row.")
+    ] = False,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="With --int4: columns of a group at most, 128, 64 or 32; the largest that divides a weight "
+            "by default.",
+            show_default=False,
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Weights that are not quantized, by a pattern of their names such as '*.down_proj.weight'; "
+            "may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    calibrate: Annotated[
+        CalibrationChoice | None,
+        typer.Option(
+            help="With --int4: scale inputs by what the model reads, so that rounding costs less; needs "
+            "nvidia-modelopt, the whole model in memory, and time.",
+            show_default=False,
+        ),
+    ] = None,
+    calibration_text: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --calibrate: a file of texts, one a line; docstrings of Python by default.",
+            show_default=False,
+        ),
+    ] = None,
     max_model_len: Annotated[
         int | None,
         typer.Option(
@@ -102,6 +142,7 @@ def build(
       build-engine Qwen/Qwen3-0.6B -o repository --max-model-len 4096
       build-engine ./model -o repository --kv-cache-bytes 2GiB --force
       build-engine ./model -o repository --runtime tensorrt-rtx --gpu sm_89
+      build-engine ./model -o repository --int4 --exclude '*.layers.0.*'
 
     \b
     Exit codes:
@@ -121,6 +162,11 @@ def build(
         pp=pp,
         fp8=fp8,
         int4=int4,
+        int8=int8,
+        group_size=group_size,
+        exclude=tuple(exclude or ()),
+        calibrate=calibrate,
+        calibration_text=calibration_text,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,

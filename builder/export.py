@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,16 @@ import torch
 from trtforge.builder.checkpoint import Checkpoint, read_json
 from trtforge.builder.meta_model import build_meta_model
 from trtforge.builder.optimize import optimize
+from trtforge.builder.quantization.lowering import quantize_linears
+from trtforge.builder.quantization.policy import Lowering, Quantization, WeightChoice
 from trtforge.builder.trace import WEIGHT_PREFIX, trace
-from trtforge.builder.weights import attach_weights, detach_weights, is_weight, locate_weights
+from trtforge.builder.weights import (
+    WeightSource,
+    attach_weights,
+    detach_weights,
+    is_weight,
+    locate_weights,
+)
 from trtforge.builder.weights_file import write_weights
 from trtforge.manifest import DType, LayerCache
 
@@ -34,15 +42,23 @@ class ExportedModel:
     num_nodes: int
     architecture: str
     eos_token_ids: tuple[int, ...]
+    weights: tuple[WeightChoice, ...]  # of two dims or more, if any is quantized
 
 
 def export_model(
-    checkpoint: Checkpoint, dtype: DType, *, on_stage: Callable[[str], None] | None = None
+    checkpoint: Checkpoint,
+    dtype: DType,
+    *,
+    quantization: Quantization | None = None,
+    lowering: Lowering | None = None,
+    on_stage: Callable[[str], None] | None = None,
 ) -> ExportedModel:
-    """Trace the model in `dtype` and attach the checkpoint's weights.
+    """Trace the model in `dtype` and attach the checkpoint's weights, rounded as `quantization` says.
 
-    Peak memory does not depend on the model's size: tracing happens on the meta device. `on_stage` is told
-    what begins. Raises ExportError, naming the reason, for a model that cannot be expressed.
+    `lowering` is how projections with quantized weights are expressed; None if there are none. Peak memory
+    does not depend on the model's size: tracing happens on the meta device. `on_stage` is told what begins.
+    Raises ExportError, naming the reason, for a model that cannot be expressed, and ConfigError for a
+    quantization that cannot be applied to it.
     """
     stage = on_stage or (lambda _: None)
     stage("model")
@@ -53,6 +69,11 @@ def export_model(
     weights = detach_weights(model.graph)
     optimize(model)
     attach_weights(model.graph, weights, sources, WEIGHT_PREFIX)
+    choices: tuple[WeightChoice, ...] = ()
+    if lowering is not None:
+        by_stored_name = {source.name: source for source in sources.values()}
+        output_embedding = _output_embedding(hf, sources)
+        choices = quantize_linears(model.graph, by_stored_name, lowering, quantization, output_embedding)
     parameters = {id(parameter): parameter.numel() for parameter in hf.parameters()}
     return ExportedModel(
         model=model,
@@ -63,7 +84,15 @@ def export_model(
         num_nodes=len(model.graph),
         architecture=type(hf).__name__,
         eos_token_ids=_eos_token_ids(checkpoint),
+        weights=choices,
     )
+
+
+def _output_embedding(hf: Any, sources: Mapping[str, WeightSource]) -> str:
+    """The stored name of the weight that makes logits."""
+    embedding = hf.get_output_embeddings()
+    (name,) = [name for name, module in hf.named_modules() if module is embedding]
+    return sources[f"{name}.weight"].name
 
 
 def write_graph(

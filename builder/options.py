@@ -12,9 +12,11 @@ from typing_extensions import Self
 from trtforge.builder.engine_cache import default_cache_folder
 from trtforge.builder.repository import check_model_name
 from trtforge.errors import ConfigError
+from trtforge.plugins.int4_gemm.op import GROUP_SIZES
 
 RuntimeChoice = Literal["auto", "openvino", "reference", "tensorrt", "tensorrt-rtx"]
 DTypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
+CalibrationChoice = Literal["awq"]
 
 # OpenVINO's paged attention on CPU has this block size compiled in.
 OPENVINO_BLOCK_SIZE = 32
@@ -60,6 +62,11 @@ class BuildOptions(BaseModel):
     pp: int = 1
     fp8: bool = False
     int4: bool = False
+    int8: bool = False
+    group_size: int | None = None  # of int4: input features that share a scale, at most
+    exclude: tuple[str, ...] = ()  # patterns of weights that are not quantized
+    calibrate: CalibrationChoice | None = None  # None: int4 is rounded without data
+    calibration_text: Path | None = None  # a file, a text a line; None: texts of the builder's own
     max_model_len: int | None = None  # tokens
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
@@ -77,6 +84,7 @@ class BuildOptions(BaseModel):
         _check_positive(self)
         _refuse_unbuilt(self)
         _check_engine_options(self)
+        _check_quantization(self)
         if self.runtime in ("auto", "openvino") and self.block_size not in (None, OPENVINO_BLOCK_SIZE):
             raise ConfigError(
                 f"--block-size {self.block_size} cannot work with openvino, whose paged attention "
@@ -126,8 +134,25 @@ def _refuse_unbuilt(options: BuildOptions) -> None:
         raise ConfigError(f"--tp {options.tp} is not built yet: one rank works today, use --tp 1")
     if options.pp > 1:
         raise ConfigError(f"--pp {options.pp} is not built yet: one stage works today, use --pp 1")
-    for option, wanted in (("--fp8", options.fp8), ("--int4", options.int4)):
-        if wanted:
-            raise ConfigError(
-                f"{option} is not built yet: weights in float32, bfloat16 or float16 work today, see --dtype"
-            )
+
+
+def _check_quantization(options: BuildOptions) -> None:
+    formats = [name for name in ("int4", "fp8", "int8") if getattr(options, name)]
+    if len(formats) > 1:
+        raise ConfigError(
+            f"{' and '.join(f'--{name}' for name in formats)} are formats of the same weights: give "
+            "one of them"
+        )
+    if options.exclude and not formats:
+        raise ConfigError("--exclude says what --int4, --fp8 or --int8 leaves as it is: give one of them too")
+    if options.calibrate is not None and not options.int4:
+        raise ConfigError(f"--calibrate {options.calibrate} makes weights of four bits: give --int4 too")
+    if options.calibration_text is not None and options.calibrate is None:
+        raise ConfigError("--calibration-text is what --calibrate awq reads: give that too")
+    if options.group_size is None:
+        return
+    if not options.int4:
+        raise ConfigError("--group-size is for the scales of --int4: give that too")
+    if options.group_size not in GROUP_SIZES:
+        sizes = ", ".join(map(str, GROUP_SIZES))
+        raise ConfigError(f"--group-size {options.group_size} is not allowed: it is one of {sizes}")

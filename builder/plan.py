@@ -8,8 +8,16 @@ from typing import Any
 
 from trtforge.builder.engine import EngineTarget, choose_target
 from trtforge.builder.options import OPENVINO_BLOCK_SIZE, BuildOptions
+from trtforge.builder.quantization.calibration_texts import (
+    calibration_texts,
+    check_modelopt,
+    texts_digest,
+)
+from trtforge.builder.quantization.policy import Lowering, Quantization, choose_lowering
+from trtforge.builder.quantization.weights import QuantizedFormat
 from trtforge.errors import ConfigError
 from trtforge.manifest import MAX_SLOTS, DType, KVCacheLayout, LayerCache, Limits, Runtime
+from trtforge.plugins.int4_gemm.op import GROUP_SIZES
 
 DEFAULT_KV_CACHE_BYTES = 2**30
 DEFAULT_MAX_MODEL_LEN = 8192
@@ -26,17 +34,28 @@ class BuildPlan:
     kv_cache_bytes: int | None  # None: DEFAULT_KV_CACHE_BYTES, or one sequence if that is more
     limits: Limits
     target: EngineTarget | None = None  # None: a runtime without engines
+    quantization: Quantization | None = None  # None: weights stay as the checkpoint has them
+    lowering: Lowering | None = None  # how the graph has quantized weights; None: there are none
 
 
-def make_plan(options: BuildOptions, config: Any, checkpoint_dtype: DType) -> BuildPlan:
+def make_plan(
+    options: BuildOptions, config: Any, checkpoint_dtype: DType, quant_method: str | None = None
+) -> BuildPlan:
     """Fill what `options` leave open from the Hugging Face `config` and the dtype of the weights.
 
-    Raises ConfigError if the model cannot have sequences of --max-model-len tokens, for a dtype that the
-    runtime cannot compute in, and if TensorRT is wanted and not there.
+    `quant_method` is how weights are quantized already, if they are.
+
+    Raises ConfigError if the model cannot have sequences of --max-model-len tokens, for a dtype or format
+    of weights that the runtime cannot compute in, for weights that would be quantized twice, and if
+    TensorRT is wanted and not there.
     """
+    runtime: Runtime = "openvino" if options.runtime == "auto" else options.runtime
+    quantization = _plan_quantization(options, quant_method)
+    wanted = None if quantization is None else quantization.format
+    is_quantized = wanted is not None or quant_method is not None
     return BuildPlan(
         name=options.name,
-        runtime="openvino" if options.runtime == "auto" else options.runtime,
+        runtime=runtime,
         dtype=_choose_dtype(options, checkpoint_dtype),
         block_size=options.block_size or OPENVINO_BLOCK_SIZE,
         kv_cache_bytes=options.kv_cache_bytes,
@@ -46,6 +65,8 @@ def make_plan(options: BuildOptions, config: Any, checkpoint_dtype: DType) -> Bu
             max_num_batched_tokens=options.max_num_batched_tokens,
         ),
         target=_choose_target(options),
+        quantization=quantization,
+        lowering=choose_lowering(runtime, wanted) if is_quantized else None,
     )
 
 
@@ -58,6 +79,23 @@ def _choose_target(options: BuildOptions) -> EngineTarget | None:
         workspace_bytes=options.workspace_bytes,
         weight_streaming=options.weight_streaming,
     )
+
+
+def _plan_quantization(options: BuildOptions, quant_method: str | None) -> Quantization | None:
+    formats: tuple[QuantizedFormat, ...] = ("int4", "fp8", "int8")
+    wanted = next((name for name in formats if getattr(options, name)), None)
+    if wanted is None:
+        return None
+    if quant_method is not None:
+        raise ConfigError(
+            f"{options.model} is quantized already ({quant_method}), and --{wanted} would round its weights "
+            "once more: leave the option out, or give the model that it was made from"
+        )
+    digest = None
+    if options.calibrate is not None:
+        check_modelopt()
+        digest = texts_digest(calibration_texts(options.calibration_text))
+    return Quantization(wanted, options.group_size or max(GROUP_SIZES), options.exclude, digest)
 
 
 def choose_max_model_len(wanted: int | None, config: Any, model: str) -> int:

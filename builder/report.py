@@ -11,6 +11,7 @@ from rich.table import Table
 from typing_extensions import Self
 
 from trtforge.builder.plan import blocks_per_sequence
+from trtforge.builder.quantization.policy import WeightChoice
 from trtforge.builder.stages import StageRecord
 from trtforge.manifest import DType, Manifest, Runtime
 
@@ -37,6 +38,7 @@ class BuildReport(BaseModel):
     max_model_len: int
     num_full_sequences: int  # sequences of max_model_len that the cache holds at once
     engine_bytes: int | None = None  # of all ranks; None: the runtime has no engines
+    weights: tuple[WeightChoice, ...] = ()  # of two dims or more
     stages: tuple[StageRecord, ...]
 
     @classmethod
@@ -47,6 +49,7 @@ class BuildReport(BaseModel):
         source: str,
         num_nodes: int,
         weight_bytes: int,
+        weights: Sequence[WeightChoice] = (),
         stages: Sequence[StageRecord],
     ) -> Self:
         """The report on the build that `manifest` describes."""
@@ -68,6 +71,7 @@ class BuildReport(BaseModel):
             max_model_len=max_model_len,
             num_full_sequences=cache.num_blocks // blocks_per_sequence(max_model_len, cache.block_size),
             engine_bytes=sum(engines) if engines else None,
+            weights=tuple(weights),
             stages=tuple(stages),
         )
 
@@ -81,8 +85,9 @@ class BuildReport(BaseModel):
         return cls.model_validate_json((folder / REPORT_FILE).read_text())
 
     def tables(self) -> Group:
-        """The figures and the stages, for a terminal."""
-        return Group(self._figures(), self._stages())
+        """The figures, what became of weights if any are quantized, and the stages, for a terminal."""
+        weights = [self._weights()] if any(choice.is_quantized for choice in self.weights) else []
+        return Group(self._figures(), *weights, self._stages())
 
     def _figures(self) -> Table:
         table = Table(title=f"{self.architecture} for {self.runtime} in {self.dtype}", title_justify="left")
@@ -97,6 +102,21 @@ class BuildReport(BaseModel):
         table.add_row("KV cache", format_bytes(self.kv_cache_bytes))
         table.add_row(f"KV blocks of {self.block_size} tokens", f"{self.num_blocks:,}")
         table.add_row(f"sequences of {self.max_model_len:,} tokens that fit", f"{self.num_full_sequences:,}")
+        return table
+
+    def _weights(self) -> Table:
+        table = Table()
+        table.add_column("weights")
+        for column in ("count", "before", "after"):
+            table.add_column(column, justify="right")
+        table.add_column("why")
+        rows: dict[tuple[str, str], list[WeightChoice]] = {}
+        for choice in self.weights:
+            rows.setdefault((choice.label, choice.reason), []).append(choice)
+        for (label, reason), choices in rows.items():
+            before = format_bytes(sum(choice.bytes_before for choice in choices))
+            after = format_bytes(sum(choice.bytes_after for choice in choices))
+            table.add_row(label, f"{len(choices):,}", before, after, reason)
         return table
 
     def _stages(self) -> Table:

@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
 )
 
 from trtforge.builder.checkpoint import Checkpoint, TensorEntry
+from trtforge.builder.quantization.weights import QuantizedLinear
 from trtforge.errors import ExportError
 
 _CHUNK_BYTES = 1 << 24
@@ -40,6 +41,7 @@ IR_DTYPES = {
     "I8": ir.DataType.INT8,
     "U8": ir.DataType.UINT8,
     "BOOL": ir.DataType.BOOL,
+    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
 }
 _TORCH_DTYPES = {
     ir.DataType.DOUBLE: torch.float64,
@@ -52,11 +54,15 @@ _TORCH_DTYPES = {
 @dataclass(frozen=True, slots=True)
 class WeightSource:
     """A weight's name in the model, shape, and the pieces whose elements, one after the other, are its
-    elements in C order. Weights that are tied are one, under the name that is stored."""
+    elements in C order. Weights that are tied are one, under the name that is stored.
+
+    A weight that is stored quantized has no pieces.
+    """
 
     name: str
     shape: tuple[int, ...]
     pieces: tuple[TensorEntry, ...]
+    quantized: QuantizedLinear | None = None
 
     def chunks(self) -> Iterator[tuple[str, bytes]]:
         """The stored bytes, a few MiB at a time, each with the dtype it is stored in."""
@@ -147,17 +153,22 @@ def _follow_rules(hf: Any, checkpoint: Checkpoint) -> dict[str, WeightSource]:
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     plain: dict[str, WeightSource] = {}
     split: dict[str, dict[str, list[TensorEntry]]] = defaultdict(lambda: defaultdict(list))
-    for key in sorted(checkpoint.tensors, key=dot_natural_key):
-        entry = checkpoint.tensors[key]
+    for key in sorted([*checkpoint.tensors, *checkpoint.quantized], key=dot_natural_key):
         target, pattern = rename_source_key(key, renamings, converters, hf.base_model_prefix, state)
         if target not in state and key in state:
             target, pattern = key, None
         if target not in state:
             continue
-        if pattern is None:
+        quantized = checkpoint.quantized.get(key)
+        if quantized is not None and pattern is not None:
+            raise ExportError(f"{key} is an expert's weight that is quantized, which is not supported yet")
+        if quantized is not None:
+            plain[target] = WeightSource(target, quantized.shape, (), quantized)
+        elif pattern is None:
+            entry = checkpoint.tensors[key]
             plain[target] = WeightSource(target, entry.shape, (entry,))
         else:
-            split[target][pattern].append(entry)
+            split[target][pattern].append(checkpoint.tensors[key])
     for target, groups in split.items():
         rule = by_pattern[next(iter(groups))]
         plain[target] = _merge(hf.config.model_type, target, rule, groups)
@@ -200,7 +211,7 @@ def _untie(hf: Any, sources: Mapping[str, WeightSource]) -> None:
 
 
 def _equal(one: WeightSource, other: WeightSource) -> bool:
-    if one.shape != other.shape:
+    if one.shape != other.shape or one.quantized or other.quantized:
         return False
     return all(a == b for a, b in zip(one.chunks(), other.chunks(), strict=True))
 
@@ -246,10 +257,12 @@ def attach_weights(
 
 def is_weight(initializer: ir.Value) -> bool:
     """Whether the data is that of a checkpoint, and not a constant of the graph."""
-    return isinstance(initializer.const_value, ir.ExternalTensor | CheckpointTensor)
+    return isinstance(initializer.const_value, ir.ExternalTensor | ir.LazyTensor)
 
 
 def _tensor(dtype: ir.DataType, source: WeightSource) -> ir.TensorProtocol:
+    if source.quantized is not None:
+        return _dequantized_tensor(dtype, source.name, source.quantized)
     first = source.pieces[0]
     if len(source.pieces) > 1 or IR_DTYPES.get(first.dtype) != dtype:
         return CheckpointTensor(dtype, source)
@@ -262,3 +275,10 @@ def _tensor(dtype: ir.DataType, source: WeightSource) -> ir.TensorProtocol:
         name=source.name,
         base_dir=first.file.parent,
     )
+
+
+def _dequantized_tensor(dtype: ir.DataType, name: str, linear: QuantizedLinear) -> ir.LazyTensor:
+    def read() -> ir.TensorProtocol:
+        return ir.Tensor(linear.dequantize().astype(dtype.numpy()), dtype=dtype, name=name)
+
+    return ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(linear.shape), name=name)

@@ -55,10 +55,16 @@ def _header(tensors: Sequence[ir.TensorProtocol]) -> tuple[bytes, int]:
     for tensor in tensors:
         begin, end = end, end + tensor.nbytes
         fields[tensor.name] = {
-            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
-            "shape": list(tensor.shape.numpy()),
+            **_stored_type(tensor),
             "data_offsets": [begin, end],
         }
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
     return struct.pack("<Q", len(text)) + text, 8 + len(text)
+
+
+def _stored_type(tensor: ir.TensorProtocol) -> dict[str, Any]:
+    """Numbers of four bits, which the format does not have, are told as the bytes that they fill."""
+    if tensor.dtype in _SAFETENSORS_DTYPES:
+        return {"dtype": _SAFETENSORS_DTYPES[tensor.dtype], "shape": list(tensor.shape.numpy())}
+    return {"dtype": "U8", "shape": [tensor.nbytes]}

@@ -23,7 +23,8 @@ from trtforge.errors import ConfigError, EngineBuildError
 from trtforge.manifest import LayerCache
 from trtforge.plugins.paged_attention.op import PAGED_ATTENTION
 from trtforge.runtime.graph_file import read_graph_file, weight_files
-from trtforge.runtime.openvino_passes import compute_in_float32, merge_projections
+from trtforge.runtime.openvino_passes import compute_in_float32, is_constant, merge_projections
+from trtforge.runtime.openvino_weights import dequantization_converter
 
 BLOCK_SIZE = 32  # tokens; fixed in the CPU plugin
 
@@ -115,9 +116,12 @@ def read_graph(path: Path, layers: tuple[LayerCache, ...], *, transpose_weights:
     Raises ConfigError if there is no graph or OpenVINO's operators cannot express it, and EngineBuildError
     if OpenVINO does not read it.
     """
-    _check_graph(path, len(layers))
+    graph = _check_graph(path, len(layers))
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.input}
+    is_bfloat16 = types[wire.kv_cache_input(0)] == onnx.TensorProto.BFLOAT16
     core = ov.Core()
     core.add_extension(ConversionExtension("Linear", _DOMAIN, _linear_converter(transpose_weights)))
+    core.add_extension(ConversionExtension("DequantizeLinear", "", dequantization_converter(is_bfloat16)))
     core.add_extension(ConversionExtension("PagedAttention", _DOMAIN, _attention_converter(layers)))
     try:
         model = core.read_model(path)
@@ -133,8 +137,8 @@ def read_graph(path: Path, layers: tuple[LayerCache, ...], *, transpose_weights:
     return model
 
 
-def _check_graph(path: Path, num_layers: int) -> None:
-    """Refuse by name what would fail somewhere inside OpenVINO."""
+def _check_graph(path: Path, num_layers: int) -> onnx.GraphProto:
+    """The graph, without what would fail somewhere inside OpenVINO: that is refused by name."""
     graph = read_graph_file(path, num_layers)
     for node in graph.node:
         if node.domain == _DOMAIN and node.op_type not in ("Linear", "PagedAttention"):
@@ -154,6 +158,7 @@ def _check_graph(path: Path, num_layers: int) -> None:
             raise ConfigError(
                 f"{file} is a link out of its folder, which OpenVINO does not follow: put the file there"
             )
+    return graph
 
 
 def _unlike_openvino(node: onnx.NodeProto) -> str:
@@ -180,8 +185,8 @@ def _constant(value: npt.ArrayLike, dtype: npt.DTypeLike = None) -> Any:
 
 def _linear_converter(transpose_weights: bool) -> Callable[[Any], list[Any]]:
     def convert(context: Any) -> list[Any]:
-        x, weight = context.get_input(0), context.get_input(1)
-        if transpose_weights:
+        x, weight = context.get_input(0), _without_conversion(context.get_input(1))
+        if transpose_weights and is_constant(weight):
             # bfloat16 has no numpy type: `data` then holds the same bits as float16, which are only moved.
             bits = np.ascontiguousarray(weight.get_node().data.T)
             tensor = ov.Tensor(bits, ov.Shape(bits.shape), weight.get_element_type())
@@ -193,6 +198,14 @@ def _linear_converter(transpose_weights: bool) -> Callable[[Any], list[Any]]:
         return [y.output(0)]
 
     return convert
+
+
+def _without_conversion(output: Any) -> Any:
+    """What a conversion to the same type converts, such as that of expanded weights."""
+    node = output.get_node()
+    if node.get_type_name() != "Convert" or node.get_input_element_type(0) != output.get_element_type():
+        return output
+    return node.input_value(0)
 
 
 def _attention_converter(layers: tuple[LayerCache, ...]) -> Callable[[Any], list[Any]]:

@@ -17,7 +17,7 @@ def merge_projections(model: ov.Model) -> None:
     """
     siblings: dict[tuple[str, int], list[Any]] = {}
     for node in model.get_ordered_ops():
-        if node.get_type_name() == "MatMul" and _is_constant(node.input_value(1)):
+        if node.get_type_name() == "MatMul" and is_constant(node.input_value(1)):
             source = node.input_value(0)
             key = source.get_node().get_friendly_name(), source.get_index()
             siblings.setdefault(key, []).append(node)
@@ -26,7 +26,8 @@ def merge_projections(model: ov.Model) -> None:
             _merge(nodes)
 
 
-def _is_constant(output: Any) -> bool:
+def is_constant(output: Any) -> bool:
+    """Whether a node's output is a constant."""
     return bool(output.get_node().get_type_name() == "Constant")
 
 

@@ -21,9 +21,9 @@ def write_body(op: Body, inputs: Inputs, attributes: Attributes) -> Sequence[ir.
     """
     x, scales = inputs["x"], inputs["scales"]
     if inputs["perm"] is not None:
-        x = op("Gather", x, inputs["perm"], axis=1)
+        x = op("Gather", x, inputs["perm"], axis=-1)
     out_features = op("Shape", scales, start=1, end=2)
-    in_features = op("Shape", x, start=1, end=2)
+    in_features = op("Shape", x, start=-1)
     num_groups = op("Shape", scales, start=0, end=1)
 
     ends = op("Concat", out_features, in_features, axis=0)

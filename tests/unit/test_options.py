@@ -35,8 +35,12 @@ def plan(max_model_len: int = 8192, kv_cache_bytes: int | None = None, block_siz
     [
         (["--tp", "2"], "--tp 2 is not built yet"),
         (["--pp", "4"], "--pp 4 is not built yet"),
-        (["--fp8"], "--fp8 is not built yet"),
-        (["--int4"], "--int4 is not built yet"),
+        (["--int4", "--fp8"], "--int4 and --fp8 are formats of the same weights: give one of them"),
+        (["--int4", "--group-size", "48"], "--group-size 48 is not allowed: it is one of 32, 64, 128"),
+        (["--fp8", "--group-size", "64"], "--group-size is for the scales of --int4"),
+        (["--fp8", "--calibrate", "awq"], "--calibrate awq makes weights of four bits: give --int4 too"),
+        (["--int4", "--calibration-text", "x"], "--calibration-text is what --calibrate awq reads"),
+        (["--exclude", "*.down_proj.weight"], "--exclude says what --int4, --fp8 or --int8 leaves as it is"),
         (["--runtime", "tensorrt"], "--runtime tensorrt is not built yet: use --runtime openvino"),
         (["--gpu", "sm_89"], "--gpu is for TensorRT's engines: give --runtime tensorrt-rtx too"),
         (["--runtime", "tensorrt-rtx", "--gpu", "8.9"], "--gpu '8.9' is not a compute capability"),
@@ -189,3 +193,9 @@ def test_blocks_fill_the_budget_and_hold_a_sequence(
     block_bytes = sum(2 * 2 * layer.num_kv_heads * layer.head_dim for layer in layers) * block_size
     assert layout.num_blocks * block_bytes <= kv_cache_bytes < (layout.num_blocks + 1) * block_bytes
     assert layout.num_blocks * block_size >= max_model_len
+
+
+def test_quantized_weights_are_not_rounded_once_more() -> None:
+    with pytest.raises(ConfigError, match=r"is quantized already \(gptq\), and --int4 would round"):
+        make_plan(options(int4=True), LlamaConfig(), "float16", "gptq")
+    assert make_plan(options(), LlamaConfig(), "float16", "gptq").quantization is None

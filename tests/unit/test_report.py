@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from trtforge.builder.quantization.policy import WeightChoice
 from trtforge.builder.report import BuildReport
 from trtforge.builder.stages import StageRecord, Stages
 from trtforge.manifest import KVCacheLayout, LayerCache, Limits, Manifest, ModelInfo, Rank
@@ -122,3 +123,27 @@ def test_a_terminal_shows_progress_and_a_file_gets_no_control_codes() -> None:
     with plain.capture() as shown, Stages(plain) as stages, stages.stage("export"):
         pass
     assert shown.get() == ""
+
+
+def test_what_became_of_weights_is_counted_by_kind_and_reason(report: BuildReport) -> None:
+    def choice(name: str, kind: str, group_size: int | None, reason: str) -> WeightChoice:
+        return WeightChoice(
+            name, (64, 64), kind, group_size, reason, 2**20, 2**20 if kind == "bfloat16" else 2**18
+        )
+
+    assert "rounded" not in text_of(report)
+    weights = (
+        choice("a", "int4", 64, "rounded"),
+        choice("b", "bfloat16", None, "excluded"),
+        choice("c", "int4", 64, "rounded"),
+    )
+    lines = text_of(report.model_copy(update={"weights": weights})).splitlines()
+    (rounded,) = [line for line in lines if "rounded" in line]
+    assert [cell.strip() for cell in rounded.split("│")[1:-1]] == [
+        "int4, groups of 64",
+        "2",
+        "2.0 MiB",
+        "512.0 KiB",
+        "rounded",
+    ]
+    assert any("excluded" in line and "1.0 MiB" in line for line in lines)

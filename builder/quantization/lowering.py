@@ -1,0 +1,268 @@
+"""Gives Linear nodes quantized weights, or puts operators with such weights in their place."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
+
+import onnx_ir as ir
+import torch
+
+from trtforge.builder.quantization.parts import (
+    INPUT_SCALE,
+    PERM,
+    SCALES,
+    VALUES,
+    ZEROS,
+    LatestParts,
+    declare_parts,
+    make_parts,
+)
+from trtforge.builder.quantization.policy import (
+    Lowering,
+    Quantization,
+    WeightChoice,
+    check_exclusions,
+    choose_group_size,
+    find_exclusion,
+)
+from trtforge.builder.quantization.rounding import round_weight
+from trtforge.builder.quantization.weights import QuantizedLinear, QuantizedWeight
+from trtforge.builder.weights import CheckpointTensor, WeightSource
+from trtforge.errors import ConfigError
+from trtforge.plugins.fp8_gemm.op import FP8_GEMM, SCALE_BLOCK
+from trtforge.plugins.int4_gemm.op import CHUNK, GROUP_SIZES, INT4_GEMM
+from trtforge.plugins.linear.op import LINEAR
+from trtforge.plugins.op import DOMAIN
+
+_DTYPE_NAMES = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.FLOAT16: "float16",
+}
+_TORCH_DTYPES = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.FLOAT16: torch.float16,
+}
+_FP8_COLUMNS = 16  # Fp8Gemm's in_features are a multiple of this
+# What a router's scores may pass on their way to the choice of experts.
+_SCORE_OPERATORS = {"Cast", "Softmax", "Sigmoid", "Add", "Reshape", "Squeeze", "Flatten"}
+
+
+def quantize_linears(
+    graph: ir.Graph,
+    sources: Mapping[str, WeightSource],
+    lowering: Lowering,
+    quantization: Quantization | None,
+    output_embedding: str,
+) -> tuple[WeightChoice, ...]:
+    """Change `graph` in place; returns what became of each weight of two dims or more.
+
+    Weights that the checkpoint holds quantized keep their numbers; others are rounded as `quantization`
+    says. No data is read before the graph's weights are written, and then one weight at a time.
+
+    Raises ConfigError if `quantization` can be applied to no weight, or excludes one that does not exist.
+    """
+    latest = LatestParts()
+    choices = []
+    weights = [
+        value
+        for value in graph.initializers.values()
+        if value.name in sources and len(value.shape) > 1 and value.dtype in _DTYPE_NAMES
+    ]
+    if quantization is not None:
+        check_exclusions([value.name for value in weights], quantization.exclude)
+    for value in weights:
+        found = _choose(value, sources[value.name], lowering, quantization, output_embedding)
+        choice = WeightChoice(
+            name=value.name,
+            shape=tuple(value.shape.numpy()),
+            kind=_DTYPE_NAMES[value.dtype],
+            group_size=None,
+            reason=found if isinstance(found, str) else _describe(found, lowering),
+            bytes_before=value.const_value.nbytes,
+            bytes_after=value.const_value.nbytes,
+        )
+        if not isinstance(found, str):
+            nbytes = _replace_weight(graph, value, found, lowering, latest)
+            choice = replace(choice, kind=found.format, group_size=found.group_size, bytes_after=nbytes)
+        choices.append(choice)
+    if quantization is not None and all(choice.kind != quantization.format for choice in choices):
+        reasons = "; ".join(sorted({choice.reason for choice in choices}))
+        raise ConfigError(f"--{quantization.format} can be applied to no weight of this model: {reasons}")
+    return tuple(choices)
+
+
+# --------------------------------------------------------------------------- what a weight becomes
+
+
+def _choose(
+    value: ir.Value,
+    source: WeightSource,
+    lowering: Lowering,
+    quantization: Quantization | None,
+    output_embedding: str,
+) -> QuantizedLinear | str:
+    """The quantized weight, or why there is none."""
+    if source.quantized is None and value.name == output_embedding:
+        return "the output embedding stays as it is by policy"
+    reason = _why_no_projection(value)
+    if source.quantized is not None:
+        reason = reason or _why_not_lowered(source.quantized, lowering)
+        return f"dequantized: {reason}" if reason else source.quantized
+    if reason:
+        return reason
+    if quantization is None:
+        return "not quantized in the checkpoint"
+    pattern = find_exclusion(value.name, quantization.exclude)
+    if pattern is not None:
+        return f"excluded by {pattern!r}"
+    out_features, in_features = value.shape.numpy()
+    group_size = None
+    if quantization.format == "int4":
+        group_size = choose_group_size(in_features, quantization.group_size)
+        if group_size is None:
+            return f"{in_features} input features are no multiple of {min(GROUP_SIZES)}, the smallest group"
+    tensor = CheckpointTensor(value.dtype, source)
+    linear = QuantizedLinear(
+        quantization.format,
+        (out_features, in_features),
+        "rounded to the nearest",
+        functools.partial(_round, tensor, quantization, group_size),
+        group_size,
+    )
+    return _why_not_lowered(linear, lowering) or linear
+
+
+def _describe(linear: QuantizedLinear, lowering: Lowering) -> str:
+    if linear.format == "fp8" and lowering == "native":
+        return f"{linear.source}; OpenVINO expands it to 16 bits or more when it loads it"
+    return linear.source
+
+
+def _round(tensor: CheckpointTensor, quantization: Quantization, group_size: int | None) -> QuantizedWeight:
+    data = torch.frombuffer(bytearray(tensor.tobytes()), dtype=_TORCH_DTYPES[tensor.dtype])
+    weight = data.reshape(tuple(tensor.shape.numpy()))
+    return round_weight(tensor.name, weight, quantization.format, group_size)
+
+
+def _why_no_projection(value: ir.Value) -> str | None:
+    for use in value.uses():
+        node = use.node
+        if node.op_type == "MoeExperts":
+            return "experts are not quantized yet"
+        if (node.domain, node.op_type, use.idx) != (DOMAIN, LINEAR.name, 1):
+            return f"used by {node.op_type}, which is no projection"
+        if _chooses_experts(node):
+            return "routers are not quantized by policy"
+    return None
+
+
+def _chooses_experts(node: ir.Node) -> bool:
+    """Whether the node's result is scores of which the largest are chosen."""
+    for use in node.outputs[0].uses():
+        if use.node.op_type == "TopK":
+            return True
+        if use.node.op_type in _SCORE_OPERATORS and _chooses_experts(use.node):
+            return True
+    return False
+
+
+def _why_not_lowered(linear: QuantizedLinear, lowering: Lowering) -> str | None:
+    _, in_features = linear.shape
+    if lowering == "native":
+        return None
+    if linear.format == "int8":
+        return "there is no operator for int8 weights"
+    step = CHUNK if linear.format == "int4" else _FP8_COLUMNS
+    if in_features % step:
+        return f"{in_features} input features are no multiple of {step}"
+    return None
+
+
+# --------------------------------------------------------------------------- nodes
+
+
+def _replace_weight(
+    graph: ir.Graph, value: ir.Value, linear: QuantizedLinear, lowering: Lowering, latest: LatestParts
+) -> int:
+    """Change all nodes that use the weight `value`; returns the bytes that it has now."""
+    name, dtype = value.name, value.dtype
+    nodes = [use.node for use in value.uses()]
+    del graph.initializers[name]
+    make = functools.partial(make_parts, linear, lowering, dtype)
+    parts: dict[str, ir.Value] = {}
+    for key, part in declare_parts(linear, lowering, dtype).items():
+        parts[key] = ir.Value(
+            name=name + key,
+            type=ir.TensorType(part.dtype),
+            shape=ir.Shape(part.shape),
+            const_value=latest.tensor(name, key, part, make),
+        )
+    for node in nodes:
+        if INPUT_SCALE in parts:
+            _insert(graph, node, ir.node("Mul", [node.inputs[0], parts[INPUT_SCALE]]))
+        if lowering == "native":
+            _use_standard_operators(graph, node, linear, parts, dtype)
+        else:
+            _use_own_operator(graph, node, linear, parts)
+    for part_value in parts.values():
+        graph.register_initializer(part_value)
+    return sum(part_value.const_value.nbytes for part_value in parts.values())
+
+
+def _insert(
+    graph: ir.Graph, node: ir.Node, before: ir.Node, index: int = 0, dtype: ir.DataType | None = None
+) -> None:
+    """Put the node `before` in front of `node`, whose input `index` its output becomes.
+
+    The output has that input's shape and, without `dtype`, its type.
+    """
+    result, replaced = before.outputs[0], node.inputs[index]
+    result.name = f"{node.outputs[0].name}_{before.op_type}"
+    result.type, result.shape = ir.TensorType(dtype or replaced.dtype), replaced.shape
+    graph.insert_before(node, before)
+    node.replace_input_with(index, result)
+
+
+def _use_standard_operators(
+    graph: ir.Graph, node: ir.Node, linear: QuantizedLinear, parts: Mapping[str, ir.Value], dtype: ir.DataType
+) -> None:
+    """Linear stays, and its weight becomes the result of a DequantizeLinear.
+
+    Its type is that of the scales. A conversion follows, and not the attribute `output_dtype`, which ONNX
+    Runtime does not know yet.
+    """
+    if PERM in parts:
+        _insert(graph, node, ir.node("Gather", [node.inputs[0], parts[PERM]], {"axis": -1}))
+    attributes = {"axis": 1 if len(parts[SCALES].shape) == 2 else 0}
+    if linear.format == "int4":
+        attributes["block_size"] = linear.group_size or linear.shape[1]
+    elif len(parts[SCALES].shape) == 2:
+        attributes["block_size"] = SCALE_BLOCK
+    inputs = [parts[key] for key in (VALUES, SCALES, ZEROS) if key in parts]
+    dequantize = ir.node("DequantizeLinear", inputs, attributes)
+    _insert(graph, node, dequantize, index=1, dtype=ir.DataType.FLOAT)
+    if dtype != ir.DataType.FLOAT:
+        _insert(graph, node, ir.node("Cast", [node.inputs[1]], {"to": dtype.value}), index=1, dtype=dtype)
+
+
+def _use_own_operator(
+    graph: ir.Graph, node: ir.Node, linear: QuantizedLinear, parts: Mapping[str, ir.Value]
+) -> None:
+    """An operator that multiplies by the quantized weight takes the place of Linear."""
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    inputs = [node.inputs[0], parts[VALUES], parts[SCALES], bias]
+    if linear.format == "int4":
+        spec, attributes = INT4_GEMM, INT4_GEMM.node_attributes()
+        inputs.append(parts.get(PERM))
+    else:
+        spec, attributes = FP8_GEMM, FP8_GEMM.node_attributes(scales=linear.scales, activation="none")
+    while inputs[-1] is None:
+        inputs.pop()
+    replacement = ir.node(spec.name, inputs, attributes, domain=DOMAIN)
+    ir.convenience.replace_nodes_and_values(
+        graph, node, [node], [replacement], node.outputs, replacement.outputs
+    )

@@ -1,0 +1,95 @@
+"""Which weights are quantized, and why the others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal, get_args
+
+from trtforge.builder.quantization.weights import QuantizedFormat
+from trtforge.errors import ConfigError
+from trtforge.manifest import Runtime
+from trtforge.plugins.int4_gemm.op import GROUP_SIZES
+
+# What the graph of a runtime has for a quantized projection: standard operators before a Linear node, or
+# the operators of this project.
+Lowering = Literal["native", "plugin"]
+LOWERINGS: dict[Runtime, Lowering] = {"openvino": "native", "reference": "plugin", "tensorrt": "plugin"}
+
+_FORMATS: dict[Lowering, tuple[QuantizedFormat, ...]] = {
+    "native": ("int4", "fp8", "int8"),
+    "plugin": ("int4", "fp8"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How a build quantizes weights that are not quantized yet."""
+
+    format: QuantizedFormat
+    group_size: int = max(GROUP_SIZES)  # of int4: input features that share a scale, at most
+    exclude: tuple[str, ...] = ()  # fnmatch patterns of weights that stay as they are
+    calibration_sha256: str | None = None  # of the texts that AWQ reads; None: no AWQ
+
+
+@dataclass(frozen=True, slots=True)
+class WeightChoice:
+    """What became of one weight. `kind` is its dtype, such as bfloat16, if it was not quantized."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    group_size: int | None  # of int4
+    reason: str
+    bytes_before: int
+    bytes_after: int  # with scales
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the graph has it quantized."""
+        return self.kind in get_args(QuantizedFormat)
+
+    @property
+    def label(self) -> str:
+        """The kind, with the size of groups if there are any."""
+        return self.kind if self.group_size is None else f"{self.kind}, groups of {self.group_size}"
+
+
+def choose_lowering(runtime: Runtime, wanted: QuantizedFormat | None) -> Lowering:
+    """How quantized projections are expressed for `runtime`.
+
+    Raises ConfigError if `wanted` (None: whatever the checkpoint holds) cannot be.
+    """
+    lowering = LOWERINGS.get(runtime)
+    if lowering is None:
+        raise ConfigError(
+            f"quantized weights are not built for --runtime {runtime} yet: use --runtime openvino"
+        )
+    if wanted is not None and wanted not in _FORMATS[lowering]:
+        raise ConfigError(
+            f"--{wanted} cannot be built for --runtime {runtime}, which has no operator for such weights: "
+            "use " + " or ".join(f"--{name}" for name in _FORMATS[lowering])
+        )
+    return lowering
+
+
+def choose_group_size(in_features: int, largest: int) -> int | None:
+    """The largest group, up to `largest`, that divides `in_features`; None if there is none."""
+    sizes = sorted(GROUP_SIZES, reverse=True)
+    return next((size for size in sizes if size <= largest and in_features % size == 0), None)
+
+
+def find_exclusion(name: str, patterns: Sequence[str]) -> str | None:
+    """The first of `patterns` that `name` matches."""
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
+
+
+def check_exclusions(names: Sequence[str], patterns: Sequence[str]) -> None:
+    """Raises ConfigError for a pattern that no weight of `names` matches: it has an error in it."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(
+                f"--exclude {pattern!r} matches no weight of the model; they have names such as "
+                f"{next(iter(names), 'nothing')}"
+            )

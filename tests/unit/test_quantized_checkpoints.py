@@ -1,0 +1,329 @@
+"""Checkpoints that are quantized already: made here as their formats are published, imported, compared."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from trtforge.builder.checkpoint import Checkpoint
+from trtforge.builder.export import export_model, write_graph
+from trtforge.errors import ExportError
+from trtforge.manifest import Manifest
+from trtforge.runtime.openvino_executor import OpenVINOExecutor
+from trtforge.runtime.reference_executor import ReferenceExecutor
+
+Drive = Callable[..., Any]
+MakeManifest = Callable[..., Manifest]
+Tensors = Mapping[str, torch.Tensor]
+
+GROUP = 32
+RNG = np.random.default_rng(0)
+TEXT = RNG.integers(128, size=40).tolist()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a layer of a format holds in place of `weight`, and the weight that it stands for."""
+
+    tensors: Tensors
+    meaning: torch.Tensor
+
+
+def pack_words(values: np.ndarray) -> np.ndarray:
+    """[rows, 8 * n] of 0 to 15 -> int32 [rows, n], the first value in the lowest bits."""
+    nibbles = values.reshape(len(values), -1, 8).astype(np.uint32) << (4 * np.arange(8, dtype=np.uint32))
+    return nibbles.sum(2).astype(np.uint32).view(np.int32)
+
+
+def to_codes(weight: np.ndarray, g_idx: np.ndarray, zeros: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes 0 to 15 of `weight` [out, in], and scales [out, groups]: any that are not far off will do."""
+    num_groups = g_idx.max() + 1
+    scales = np.stack([np.abs(weight[:, g_idx == group]).max(1) / 6 for group in range(num_groups)], 1)
+    scales = scales.astype(np.float16)
+    codes = np.round(weight / scales[:, g_idx]) + zeros[:, g_idx]
+    return np.clip(codes, 0, 15).astype(np.uint8), scales
+
+
+def some_zeros(shape: tuple[int, int]) -> np.ndarray:
+    return RNG.integers(6, 10, shape).astype(np.uint8)
+
+
+def meaning(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, g_idx: np.ndarray) -> torch.Tensor:
+    wide = (codes.astype(np.float32) - zeros[:, g_idx]) * scales.astype(np.float32)[:, g_idx]
+    return torch.from_numpy(wide)
+
+
+def gptq(weight: np.ndarray, act_order: bool = False) -> Stored:
+    out_features, in_features = weight.shape
+    g_idx = np.arange(in_features) // GROUP
+    if act_order:
+        g_idx = RNG.permutation(g_idx)
+    zeros = some_zeros((out_features, in_features // GROUP))
+    codes, scales = to_codes(weight, g_idx, zeros)
+    tensors = {
+        "qweight": pack_words(codes).T,  # eight inputs a word
+        "qzeros": pack_words(zeros.T - 1),
+        "scales": scales.T,
+        "g_idx": g_idx.astype(np.int32),
+    }
+    return Stored(as_torch(tensors), meaning(codes, scales, zeros, g_idx))
+
+
+def awq(weight: np.ndarray) -> Stored:
+    out_features, in_features = weight.shape
+    g_idx = np.arange(in_features) // GROUP
+    zeros = some_zeros((out_features, in_features // GROUP))
+    codes, scales = to_codes(weight, g_idx, zeros)
+
+    def pack(values: np.ndarray) -> np.ndarray:
+        order = [0, 2, 4, 6, 1, 3, 5, 7]
+        return pack_words(values.reshape(len(values), -1, 8)[:, :, order].reshape(values.shape))
+
+    tensors = {"qweight": pack(codes.T), "qzeros": pack(zeros.T), "scales": scales.T}
+    return Stored(as_torch(tensors), meaning(codes, scales, zeros, g_idx))
+
+
+def pack_quantized(weight: np.ndarray) -> Stored:
+    out_features, in_features = weight.shape
+    g_idx = np.arange(in_features) // GROUP
+    zeros = np.full((out_features, in_features // GROUP), 8, np.uint8)
+    codes, scales = to_codes(weight, g_idx, zeros)
+    tensors = {
+        "weight_packed": pack_words(codes),
+        "weight_scale": scales,
+        "weight_shape": np.array(weight.shape, np.int64),
+    }
+    return Stored(as_torch(tensors), meaning(codes, scales, zeros, g_idx))
+
+
+def modelopt_awq(weight: np.ndarray) -> Stored:
+    out_features, in_features = weight.shape
+    input_scale = RNG.uniform(0.5, 2, in_features).astype(np.float32)
+    g_idx = np.arange(in_features) // GROUP
+    zeros = np.full((out_features, in_features // GROUP), 8, np.uint8)
+    codes, scales = to_codes(weight / input_scale, g_idx, zeros)
+    signed = codes ^ 8
+    tensors = {
+        "weight": signed[::2] | (signed[1::2] << 4),
+        "weight_scale": scales,
+        "pre_quant_scale": input_scale,
+    }
+    return Stored(as_torch(tensors), meaning(codes, scales, zeros, g_idx) * torch.from_numpy(input_scale))
+
+
+def as_torch(arrays: Mapping[str, np.ndarray]) -> Tensors:
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+
+
+def fp8(weight: np.ndarray, scale: torch.Tensor, part: str, **others: torch.Tensor) -> Stored:
+    """`scale` has dims that broadcast to the weight's, or are those of blocks."""
+    wide = torch.from_numpy(weight)
+    by_element = scale.reshape(-1, 1) if scale.ndim < 2 else scale
+    if by_element.shape[1] > 1:
+        by_element = by_element.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        by_element = by_element[: weight.shape[0], : weight.shape[1]]
+    rounded = (wide / by_element).to(torch.float8_e4m3fn)
+    return Stored({"weight": rounded, part: scale, **others}, rounded.float() * by_element)
+
+
+def fp8_tensor(weight: np.ndarray) -> Stored:
+    return fp8(weight, torch.tensor(0.01), "weight_scale", input_scale=torch.tensor(0.5))
+
+
+def fp8_channel(weight: np.ndarray) -> Stored:
+    return fp8(weight, torch.rand(len(weight), 1) * 0.01 + 0.005, "weight_scale")
+
+
+def fp8_block(weight: np.ndarray) -> Stored:
+    blocks = [-(-size // 128) for size in weight.shape]
+    return fp8(weight, torch.rand(*blocks) * 0.01 + 0.005, "weight_scale_inv")
+
+
+def int8_channel(weight: np.ndarray) -> Stored:
+    scale = torch.rand(len(weight), 1) * 0.01 + 0.01
+    rounded = (torch.from_numpy(weight) / scale).round().clamp(-127, 127).to(torch.int8)
+    return Stored({"weight": rounded, "weight_scale": scale}, rounded.float() * scale)
+
+
+def compressed(layout: str, **weights: object) -> dict[str, Any]:
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    method = {"quant_method": "compressed-tensors", "format": layout}
+    return {**method, "config_groups": groups, "ignore": ["lm_head"]}
+
+
+# name: (quantization_config, how a projection is stored, what it becomes)
+FORMATS: dict[str, tuple[dict[str, Any], Callable[[np.ndarray], Stored], str]] = {
+    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False}, gptq, "int4"),
+    "gptq-act-order": (
+        {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True},
+        lambda weight: gptq(weight, act_order=True),
+        "int4",
+    ),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}, awq, "int4"),
+    "compressed-int4": (
+        compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=GROUP),
+        pack_quantized,
+        "int4",
+    ),
+    "compressed-fp8": (
+        compressed("float-quantized", num_bits=8, type="float", strategy="channel"),
+        fp8_channel,
+        "fp8",
+    ),
+    "compressed-int8": (
+        compressed("int-quantized", num_bits=8, type="int", strategy="channel"),
+        int8_channel,
+        "int8",
+    ),
+    "modelopt-fp8": ({"quant_method": "modelopt", "quant_algo": "FP8"}, fp8_tensor, "fp8"),
+    "modelopt-awq": ({"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"}, modelopt_awq, "int4"),
+    "deepseek-fp8": (
+        {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
+        fp8_block,
+        "fp8",
+    ),
+}
+
+
+def quantize(
+    model: Path, folder: Path, settings: Mapping[str, Any], store: Callable[[np.ndarray], Stored]
+) -> Tensors:
+    """Make `folder` the model with all projections of its layers quantized; returns what they stand for."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    weights = {}
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        stored = store(tensors.pop(name).numpy())
+        weights[name] = stored.meaning
+        prefix = name.removesuffix(".weight")
+        tensors |= {f"{prefix}.{part}": tensor for part, tensor in stored.tensors.items()}
+    tensors["model.layers.0.self_attn.k_proj.k_scale"] = torch.tensor(1.0)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    change_config(folder, quantization_config=settings)
+    return weights
+
+
+def change_config(folder: Path, **values: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_weights_are_what_the_format_says(tiny_llama: Path, tmp_path: Path, name: str) -> None:
+    settings, store, kind = FORMATS[name]
+    weights = quantize(tiny_llama, tmp_path / "model", settings, store)
+    checkpoint = Checkpoint.open(str(tmp_path / "model"))
+    assert checkpoint.quantized.keys() == weights.keys()
+    assert checkpoint.quant_method == settings["quant_method"]
+    for key, linear in checkpoint.quantized.items():
+        assert linear.format == kind
+        assert linear.shape == tuple(weights[key].shape)
+        assert linear.group_size == (GROUP if kind == "int4" else None)
+        np.testing.assert_allclose(linear.dequantize(), weights[key], rtol=1e-6, atol=1e-7)
+    kept = {key for key in checkpoint.tensors if key.endswith("_proj.weight") or "scale" in key}
+    assert not kept
+
+
+# What formats differ in for the graph: groups with zero points in their order and not, scales of inputs,
+# of blocks, bytes that are expanded because there is no operator for them.
+@pytest.mark.parametrize(
+    ("name", "lowering", "tolerance"),
+    [
+        ("gptq-act-order", "native", 1e-4),
+        ("gptq-act-order", "plugin", 1e-4),
+        ("modelopt-awq", "native", 1e-4),
+        ("deepseek-fp8", "native", 1e-4),
+        ("compressed-int8", "plugin", 1e-4),
+    ],
+)
+def test_runtimes_compute_with_the_numbers_of_the_checkpoint(
+    tiny_llama: Path,
+    tmp_path: Path,
+    make_manifest: MakeManifest,
+    drive: Drive,
+    name: str,
+    lowering: Any,
+    tolerance: float,
+) -> None:
+    logging.getLogger("torch.onnx._internal.exporter").setLevel(logging.ERROR)
+    settings, store, kind = FORMATS[name]
+    weights = quantize(tiny_llama, tmp_path / "model", settings, store)
+    exported = export_model(Checkpoint.open(str(tmp_path / "model")), "float32", lowering=lowering)
+    write_graph(exported, tmp_path)
+    made = {choice.name: choice for choice in exported.weights}
+    for key in weights:
+        if (kind, lowering) == ("int8", "plugin"):
+            assert made[key].reason == "dequantized: there is no operator for int8 weights"
+        else:
+            assert made[key].kind == kind
+            assert made[key].reason.startswith(f"from the checkpoint ({settings['quant_method']})")
+    manifest = make_manifest(exported.layers)
+    if lowering == "native":
+        executor = OpenVINOExecutor(tmp_path, manifest, threads=2)
+    else:
+        executor = ReferenceExecutor(tmp_path, manifest, device=torch.device("cpu"))
+    logits = drive(executor).run([{"a": TEXT}])["a"]
+    hf = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        for key, weight in weights.items():
+            hf.get_parameter(key).copy_(weight)
+        expected = hf(torch.tensor([TEXT])).logits[0].numpy()
+    assert np.linalg.norm(logits - expected) < tolerance * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "said"),
+    [
+        ("gptq", {"bits": 8}, r"\(gptq\) with 8 bits"),
+        ("gptq", {"checkpoint_format": "marlin"}, "in the format 'marlin'"),
+        ("awq", {"version": "gemv"}, "in the version 'gemv'"),
+        ("compressed-fp8", {"format": "nvfp4-pack-quantized"}, "in the format 'nvfp4-pack-quantized'"),
+        ("modelopt-fp8", {"quant_algo": "NVFP4"}, r"\(modelopt\) by NVFP4"),
+        ("deepseek-fp8", {"weight_block_size": [64, 64]}, r"in blocks of \[64, 64\]"),
+        ("deepseek-fp8", {"weight_block_size": None}, "has no weight_scale"),
+        (
+            "compressed-fp8",
+            {"quant_method": "bitsandbytes"},
+            r"quantized \(bitsandbytes\), which is not supported",
+        ),
+        ("gptq", {"quant_method": "awq"}, "down_proj: Int4Gemm: in_features is 12"),
+    ],
+)
+def test_variants_that_are_not_known_are_refused_by_name(
+    tiny_llama: Path, tmp_path: Path, base: str, changes: dict[str, Any], said: str
+) -> None:
+    settings, store, _ = FORMATS[base]
+    quantize(tiny_llama, tmp_path / "model", settings | changes, store)
+    with pytest.raises(ExportError, match=said):
+        Checkpoint.open(str(tmp_path / "model"))
+
+
+def test_bytes_with_zero_points_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    settings, store, _ = FORMATS["compressed-int8"]
+
+    def store_asymmetric(weight: np.ndarray) -> Stored:
+        stored = store(weight)
+        zeros = torch.ones(len(weight), 1, dtype=torch.int8)
+        return Stored({**stored.tensors, "weight_zero_point": zeros}, stored.meaning)
+
+    quantize(tiny_llama, tmp_path / "model", settings, store_asymmetric)
+    with pytest.raises(ExportError, match="with zero points of bytes"):
+        Checkpoint.open(str(tmp_path / "model"))
+
+
+def test_a_checkpoint_that_only_says_so_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    change_config(tmp_path / "model", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ExportError, match=r"says that it is quantized \(gptq\), but has no such weights"):
+        Checkpoint.open(str(tmp_path / "model"))
