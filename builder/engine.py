@@ -5,9 +5,6 @@ No other module of the builder imports them, and this one does only when an engi
 
 from __future__ import annotations
 
-import functools
-import importlib
-import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,15 +14,12 @@ from typing import Any, Literal
 from trtforge.builder.engine_progress import BuildPhases
 from trtforge.errors import ConfigError, EngineBuildError
 from trtforge.manifest import Profile
+from trtforge.tensorrt_package import PACKAGES, load_package, package_logger, with_reasons
 
 EngineRuntime = Literal["tensorrt", "tensorrt-rtx"]
 
-_PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
 # GPUs before Ampere have no bfloat16.
 _FIRST_COMPUTE_CAPABILITY = (8, 0)
-
-logger = logging.getLogger(__name__)
 
 # Told how much is done, 0 to 1, and what is being done.
 OnProgress = Callable[[float, str], None]
@@ -62,8 +56,8 @@ def choose_target(
 
     Raises ConfigError if the package is not installed or has not one of the GPUs.
     """
-    package = _PACKAGES[runtime]
-    trt = _load(package)
+    package = PACKAGES[runtime]
+    trt = load_package(package)
     known = _compute_capabilities(trt)
     chosen = tuple(re.sub(r"sm_(\d+)(\d)", r"\1.\2", gpu) for gpu in gpus)
     unknown = [gpu for gpu, capability in zip(gpus, chosen, strict=True) if capability not in known]
@@ -86,15 +80,19 @@ class Network:
 
         Raises EngineBuildError with all that the parser does not take, and where.
         """
-        self._trt = _load(package)
-        self._logger = _logger(package)
+        self._trt = load_package(package)
+        self._logger = package_logger(package)
         self._builder = self._trt.Builder(self._logger)
         self._network = self._builder.create_network(_network_flags(self._trt))
         # Holds the weights that the network refers to.
         self._parser = self._trt.OnnxParser(self._network, self._logger)
         if not self._parser.parse(graph, str(path.resolve())):
             errors = [self._parser.get_error(i) for i in range(self._parser.num_errors)]
-            raise _error(f"{package} {self._trt.__version__} does not take the graph", map(_describe, errors))
+            raise EngineBuildError(
+                with_reasons(
+                    f"{package} {self._trt.__version__} does not take the graph", map(_describe, errors)
+                )
+            )
 
     @property
     def num_layers(self) -> int:
@@ -128,7 +126,11 @@ class Network:
         if monitor.error is not None:
             raise monitor.error
         if engine is None:
-            raise _error(f"{target.package} {target.version} cannot build the engine", self._logger.errors)
+            raise EngineBuildError(
+                with_reasons(
+                    f"{target.package} {target.version} cannot build the engine", self._logger.errors
+                )
+            )
         return memoryview(engine)
 
     def _tensor(self, tensor: Any) -> NetworkTensor:
@@ -166,17 +168,9 @@ class Network:
             ]
             added.set_shape(tensor.name, *shapes)
         if config.add_optimization_profile(added) < 0:
-            raise _error(f"TensorRT does not take the profile {profile.name}", self._logger.errors)
-
-
-def _load(package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:  # of the package itself, or of libraries that it loads
-        raise ConfigError(
-            f"an engine needs the package {package}, which cannot be imported ({error}): "
-            f"pip install 'trtforge[{_EXTRAS[package]}]'"
-        ) from error
+            raise EngineBuildError(
+                with_reasons(f"TensorRT does not take the profile {profile.name}", self._logger.errors)
+            )
 
 
 def _compute_capabilities(trt: Any) -> tuple[str, ...]:
@@ -195,39 +189,13 @@ def _network_flags(trt: Any) -> int:
 
 
 def _error(headline: str, reasons: Iterable[str]) -> EngineBuildError:
-    return EngineBuildError("\n  ".join([f"{headline}:", *reasons]))
+    return EngineBuildError(with_reasons(headline, reasons))
 
 
 def _describe(error: Any) -> str:
     """What the parser says about one node."""
     node = f"node {error.node()} {error.node_name()} ({error.node_operator()})"
     return f"{node}: {error.code().name}, {error.desc()}"
-
-
-@functools.cache  # TensorRT keeps the first logger of a process
-def _logger(package: str) -> Any:
-    trt = _load(package)
-    levels = {
-        trt.ILogger.Severity.INTERNAL_ERROR: logging.INFO,  # errors end up in exceptions
-        trt.ILogger.Severity.ERROR: logging.INFO,
-        trt.ILogger.Severity.WARNING: logging.INFO,  # mostly about TensorRT's own choices
-        trt.ILogger.Severity.INFO: logging.DEBUG,
-    }
-
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
-        """Passes TensorRT's messages on to `logging`, and remembers errors."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in levels:
-                logger.log(levels[severity], "%s: %s", package, message)
-            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
-                self.errors.append(message)
-
-    return Logger()
 
 
 def _monitor(trt: Any, on_progress: OnProgress) -> Any:

@@ -13,6 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from trtforge.engine_options import EngineOptions
+from trtforge.manifest import Limits
 from trtforge.runtime.block_moves import BlockMoves
 from trtforge.runtime.executor import Executor, Float32Array, KVCacheSpec
 from trtforge.runtime.fake_executor import FakeExecutor
@@ -21,6 +23,8 @@ from trtforge.runtime.reference_executor import ReferenceExecutor
 
 VOCAB_SIZE = 128
 SPEC = KVCacheSpec(block_size=32, num_blocks=24, num_host_blocks=4)
+# Of the fake engine's 2 layers of one float32.
+SWAP_BYTES = 4 * 32 * 2 * 2 * 4
 
 Drive = Callable[..., Any]  # see the fixture of this name
 
@@ -32,12 +36,17 @@ ON_GPU = [
 
 @pytest.fixture(
     scope="module",
-    params=["fake", "openvino", "reference", pytest.param("reference-cuda", marks=ON_GPU)],
+    params=["fake", "openvino", "reference", "tensorrt-fake", pytest.param("reference-cuda", marks=ON_GPU)],
 )
 def make_executor(request: pytest.FixtureRequest) -> Callable[[], Executor]:
     """Makes executors of one kind whose logits are the same function of a sequence's tokens."""
     if request.param == "fake":
         return lambda: FakeExecutor(VOCAB_SIZE, SPEC.num_blocks, SPEC.block_size, num_host_blocks=4)
+    if request.param == "tensorrt-fake":
+        limits = Limits(max_model_len=768, max_num_seqs=4, max_num_batched_tokens=800)
+        options = EngineOptions(swap_bytes=SWAP_BYTES)
+        make = request.getfixturevalue("make_tensorrt_executor")
+        return lambda: make(limits=limits, options=options)
     folder, manifest = request.getfixturevalue("export_tiny_llama")("float32")
     if request.param.startswith("reference"):
         device = torch.device("cuda" if request.param == "reference-cuda" else "cpu")
