@@ -8,15 +8,12 @@ from pathlib import Path
 
 from trtforge.engine_options import EngineOptions
 from trtforge.errors import ConfigError
-from trtforge.manifest import Manifest
+from trtforge.manifest import KERNELS_FOLDER, Manifest
 from trtforge.runtime.executor import Executor
 from trtforge.runtime.memory_budget import available_memory_bytes, plan_memory, resize
 from trtforge.tensorrt_package import PACKAGES
 
 logger = logging.getLogger(__name__)
-
-# Beside the manifest, where `trtforge compile-kernels` may have put the model's kernels.
-KERNELS_FOLDER = "kernels"
 
 
 def create_executor(manifest: Manifest, model_dir: Path, options: EngineOptions) -> Executor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -38,8 +38,10 @@ def profile_for(profiles: Sequence[Profile], shapes: Shapes) -> int:
 class StepBuffers:
     """The arrays of a step in pinned host memory and in device memory, laid out alike."""
 
-    def __init__(self, profiles: Sequence[Profile], stream: DeviceStream) -> None:
-        """As large as the largest profile."""
+    def __init__(
+        self, profiles: Sequence[Profile], stream: DeviceStream, on_host: Collection[str] = ()
+    ) -> None:
+        """As large as the largest profile. The arrays named in `on_host` are to be read in host memory."""
         self._stream = stream
         offsets: dict[str, int] = {}
         ends: dict[str, int] = {}
@@ -52,7 +54,12 @@ class StepBuffers:
         host = stream.allocate_pinned(num_bytes, "the inputs of a step")
         self._host = {name: host[offset : ends[name]].view(np.int32) for name, offset in offsets.items()}
         address = stream.allocate(num_bytes, "the inputs of a step")
-        self.addresses: Mapping[str, int] = {name: address + offset for name, offset in offsets.items()}
+        self._device = {name: address + offset for name, offset in offsets.items() if name not in on_host}
+        # Where the engine is to read them.
+        self.addresses: Mapping[str, int] = {
+            **self._device,
+            **{name: self._host[name].ctypes.data for name in on_host},
+        }
 
     def stage(self, arrays: Mapping[str, Int32Array]) -> None:
         """Put a step's arrays into the pinned memory. Earlier work has to be done."""
@@ -61,8 +68,8 @@ class StepBuffers:
 
     def send(self, shapes: Shapes) -> None:
         """Copy what is staged, arrays of these shapes, to the device."""
-        for name, shape in shapes.items():
-            self._stream.copy_in(self.addresses[name], self._host[name][: math.prod(shape)])
+        for name, address in self._device.items():
+            self._stream.copy_in(address, self._host[name][: math.prod(shapes[name])])
 
 
 def _num_elements(tensor: wire.GraphTensor, profile: Profile) -> int:

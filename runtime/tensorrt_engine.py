@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from trtforge import wire
 from trtforge.errors import ConfigError, DeviceError, PluginError
 from trtforge.plugins.bundle import Bundle
 from trtforge.plugins.kernels import KERNELS
@@ -51,6 +52,12 @@ class Engine:
             for profile in range(self._engine.num_optimization_profiles)
         )
         self._activations = stream.allocate(self.activation_bytes, "the engine's activations")
+
+    def inputs_on_host(self) -> list[str]:
+        """The step's inputs that have to be in host memory, because shapes follow from their values."""
+        host = self._trt.TensorLocation.HOST
+        names = [tensor.name for tensor in wire.GRAPH_INPUTS]
+        return [name for name in names if self._engine.get_tensor_location(name) == host]
 
     def create_context(self, profile: int) -> ExecutionContext:
         """A context for steps of this optimization profile."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +41,12 @@ class _LayerCache:
 class TensorRTExecutor:
     """Executes a built model's engine.
 
-    Every tensor has one address for good. Decode steps are CUDA graphs, each captured from a context of its
-    own, as TensorRT wants it; in a graph are the copies of inputs and logits too. Other steps are enqueued
-    in the context of the first profile that has room for them.
+    Every tensor has one address for good. Decode steps of full TensorRT are CUDA graphs, each captured from a
+    context of its own, as TensorRT wants it; in a graph are the copies of inputs and logits too. Other steps
+    are enqueued in the context of the first profile that has room for them.
+
+    With TensorRT-RTX no step is a graph: it executes the operators' bodies, whose shapes follow from the
+    values of context_lens. A captured step would keep those of the step that it was captured from.
     """
 
     def __init__(
@@ -67,14 +70,18 @@ class TensorRTExecutor:
             register_plugins(package, kernels)
         self._profiles = engine_of(model_dir, manifest, RANK).profiles
         self._vocab_size = manifest.model.vocab_size
-        self._batches = DecodeBatches.of(manifest.limits, manifest.kv_cache.block_size)
+        batches = DecodeBatches.of(manifest.limits, manifest.kv_cache.block_size)
+        self._batches = batches if package == "tensorrt" else replace(batches, sizes=())
         self._stream = DeviceStream(gpu)
         self._engine: Engine | None = Engine(path, package, self._stream)
         self._contexts = [self._engine.create_context(index) for index in range(len(self._profiles))]
         self._decode_contexts = {
             size: self._engine.create_context(self._decode_profile(size)) for size in self._batches.sizes
         }
-        self._buffers = StepBuffers(self._profiles, self._stream)
+        on_host = self._engine.inputs_on_host()
+        if on_host and self._batches.sizes:
+            raise ConfigError(f"{path} reads {on_host} on the host, which decode steps as CUDA graphs cannot")
+        self._buffers = StepBuffers(self._profiles, self._stream, on_host)
         row_bytes = 4 * self._vocab_size
         logits_bytes = row_bytes * max(profile.dims["R"].max for profile in self._profiles)
         self._logits = self._stream.allocate(logits_bytes, "the logits of a step")
@@ -93,7 +100,7 @@ class TensorRTExecutor:
             self._bind(context, layout)
         # The largest one first: what it needs suffices for the others.
         self._graphs = {size: self._capture(size) for size in reversed(self._batches.sizes)}
-        logger.info("captured decode steps of %s sequences; %s: %s", self._batches.sizes, path, self._spec)
+        logger.info("%s: %s, decode graphs for %s sequences", path, self._spec, self._batches.sizes)
 
     def kv_cache_spec(self) -> KVCacheSpec:
         """The cache as it was allocated when the engine was loaded."""

@@ -30,6 +30,7 @@ from trtforge.engine_file import sha256_of
 from trtforge.engine_options import EngineOptions
 from trtforge.integrity import file_digest
 from trtforge.manifest import (
+    KERNELS_FOLDER,
     DType,
     EngineInfo,
     KVCacheLayout,
@@ -40,6 +41,8 @@ from trtforge.manifest import (
     Rank,
     Runtime,
 )
+from trtforge.plugins.bundle import MANIFEST_FILE as BUNDLE_FILE
+from trtforge.plugins.bundle import BundleManifest
 from trtforge.runtime.block_moves import BlockMoves
 from trtforge.runtime.executor import Executor, Float32Array, KVCacheSpec, ModelInputs, ModelOutputs
 
@@ -282,7 +285,7 @@ def make_tensorrt_executor(
 ) -> Iterator[Callable[..., FakeTensorRTExecutor]]:
     """`make_tensorrt_executor(runtime, limits=..., options=..., num_layers=..., content=..., **environment)`:
     one with a fake engine of its own, for VOCAB_SIZE tokens and 24 blocks of 32. `content` is what the file
-    holds instead of that engine, `kernels` the bundle of its plugins."""
+    holds instead of that engine. The bundle of its plugins is empty, or missing."""
     made: list[FakeTensorRTExecutor] = []
 
     def make(
@@ -292,7 +295,7 @@ def make_tensorrt_executor(
         options: EngineOptions | None = None,
         num_layers: int = 2,
         content: str | None = None,
-        kernels: Path | None = None,
+        has_kernels: bool = True,
         **environment: str,
     ) -> FakeTensorRTExecutor:
         folder = tmp_path_factory.mktemp("engine")
@@ -308,8 +311,10 @@ def make_tensorrt_executor(
         }
         path = folder / "model.engine"
         path.write_text(json.dumps(engine) if content is None else content)
-        if kernels is not None:
-            shutil.copytree(kernels, folder / "kernels")
+        if has_kernels:
+            bundle = BundleManifest(compiler="none", compiler_version="0", cubins=())
+            (folder / KERNELS_FOLDER).mkdir()
+            (folder / KERNELS_FOLDER / BUNDLE_FILE).write_text(bundle.model_dump_json())
         info = EngineInfo(
             file=path.name,
             size_bytes=path.stat().st_size,

@@ -36,17 +36,25 @@ ON_GPU = [
 
 @pytest.fixture(
     scope="module",
-    params=["fake", "openvino", "reference", "tensorrt-fake", pytest.param("reference-cuda", marks=ON_GPU)],
+    params=[
+        "fake",
+        "openvino",
+        "reference",
+        "tensorrt-fake",
+        "tensorrt-rtx-fake",
+        pytest.param("reference-cuda", marks=ON_GPU),
+    ],
 )
 def make_executor(request: pytest.FixtureRequest) -> Callable[[], Executor]:
     """Makes executors of one kind whose logits are the same function of a sequence's tokens."""
     if request.param == "fake":
         return lambda: FakeExecutor(VOCAB_SIZE, SPEC.num_blocks, SPEC.block_size, num_host_blocks=4)
-    if request.param == "tensorrt-fake":
+    if request.param.endswith("-fake"):
         limits = Limits(max_model_len=768, max_num_seqs=4, max_num_batched_tokens=800)
         options = EngineOptions(swap_bytes=SWAP_BYTES)
         make = request.getfixturevalue("make_tensorrt_executor")
-        return lambda: make(limits=limits, options=options)
+        runtime = request.param.removesuffix("-fake")
+        return lambda: make(runtime, limits=limits, options=options)
     folder, manifest = request.getfixturevalue("export_tiny_llama")("float32")
     if request.param.startswith("reference"):
         device = torch.device("cuda" if request.param == "reference-cuda" else "cpu")

@@ -17,7 +17,6 @@ import pytest
 from trtforge.engine_options import EngineOptions
 from trtforge.errors import CapacityError, ConfigError, DeviceError, ServerError
 from trtforge.manifest import DimRange, LayerCache, Limits, Manifest, Profile
-from trtforge.plugins.bundle import MANIFEST_FILE, BundleManifest
 from trtforge.plugins.kernels import KERNELS
 from trtforge.runtime import executors
 from trtforge.runtime.block_moves import BlockMoves
@@ -59,18 +58,9 @@ def names(calls: Iterable[str]) -> Counter[str]:
 
 
 @pytest.fixture(scope="module")
-def executor(make_tensorrt_executor: Make, full_tensorrt_kernels: Path) -> Any:
+def executor(make_tensorrt_executor: Make) -> Any:
     """Of an engine with two profiles."""
-    return make_tensorrt_executor("tensorrt", limits=LIMITS, kernels=full_tensorrt_kernels)
-
-
-@pytest.fixture(scope="module")
-def full_tensorrt_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle without kernels."""
-    folder = tmp_path_factory.mktemp("kernels")
-    manifest = BundleManifest(compiler="none", compiler_version="0", cubins=())
-    (folder / MANIFEST_FILE).write_text(manifest.model_dump_json())
-    return folder
+    return make_tensorrt_executor("tensorrt", limits=LIMITS)
 
 
 def new_entries(executor: Any) -> list[tuple[Any, ...]]:
@@ -95,9 +85,22 @@ def test_no_module_of_torch_or_the_builder_is_imported(executor: Any) -> None:
     assert executor.modules == set()
 
 
-def test_tensorrt_rtx_gets_no_plugins(make_tensorrt_executor: Make) -> None:
-    log = make_tensorrt_executor("tensorrt-rtx", limits=LIMITS).ask("log")
-    assert log[0][0] == "deserialize"
+def test_tensorrt_rtx_gets_no_plugins_and_captures_nothing(make_tensorrt_executor: Make) -> None:
+    made = make_tensorrt_executor("tensorrt-rtx", limits=LIMITS)
+    assert made.ask("log")[0][0] == "deserialize"
+    calls = names(made.calls())
+    made.execute(step(2))
+    calls += names(made.calls())
+    assert calls.keys().isdisjoint({"cuStreamBeginCapture", "cuGraphLaunch"})
+
+
+def test_inputs_that_tensorrt_reads_on_the_host_stay_there(make_tensorrt_executor: Make) -> None:
+    made = make_tensorrt_executor("tensorrt-rtx", limits=LIMITS, FAKE_TENSORRT_HOST_INPUT="context_lens")
+    made.calls()
+    made.execute(step(2, 5))
+    assert names(made.calls())["cuMemcpyHtoDAsync"] == len(INPUT_NAMES) - 1
+    with pytest.raises(ConfigError, match=r"reads \['context_lens'\] on the host"):
+        make_tensorrt_executor("tensorrt", limits=LIMITS, FAKE_TENSORRT_HOST_INPUT="context_lens")
 
 
 def test_every_context_gets_every_address_once_and_caches_are_in_place(executor: Any) -> None:
@@ -144,7 +147,10 @@ def test_a_cache_that_does_not_fit_is_a_capacity_error(make_tensorrt_executor: M
         ({"content": "no engine"}, r"tensorrt_rtx 1.2.3 does not load .*\n  the magic tag does not match"),
         ({"LD_LIBRARY_PATH": "/nowhere"}, r"needs an NVIDIA GPU: .*libcuda\.so\.1 was not found"),
         ({"FAKE_CUDA_FAIL": "cuDeviceGet 101"}, r"needs an NVIDIA GPU: finding CUDA device 0 failed"),
-        ({"runtime": "tensorrt"}, r"plugins cannot be had: .*kernels/manifest.json does not exist"),
+        (
+            {"runtime": "tensorrt", "has_kernels": False},
+            r"plugins cannot be had: .*kernels/manifest.json does not exist",
+        ),
     ],
 )
 def test_what_is_missing_is_said(make_tensorrt_executor: Make, arguments: Any, said: str) -> None:
@@ -238,7 +244,7 @@ def test_moves_are_copies_of_whole_blocks_in_order(make_tensorrt_executor: Make)
 
 
 def test_a_failing_gpu_is_a_device_error_with_the_driver_s_reason(make_tensorrt_executor: Make) -> None:
-    made = make_tensorrt_executor(limits=LIMITS)
+    made = make_tensorrt_executor("tensorrt", limits=LIMITS)
     made.ask("fail", "cuStreamSynchronize 700")
     for inputs in (step(1), step(1, 5)):
         with pytest.raises(
@@ -251,12 +257,17 @@ def test_a_failing_gpu_is_a_device_error_with_the_driver_s_reason(make_tensorrt_
 
 
 def test_what_tensorrt_refuses_is_a_device_error_with_its_reasons(make_tensorrt_executor: Make) -> None:
-    with pytest.raises(DeviceError, match="TensorRT failed in enqueueing a step:\n  a plugin failed"):
-        make_tensorrt_executor(limits=LIMITS, FAKE_TENSORRT_FAIL="enqueue")
+    said = "TensorRT failed in enqueueing a step:\n  a plugin failed"
+    with pytest.raises(DeviceError, match=said):
+        make_tensorrt_executor("tensorrt", limits=LIMITS, FAKE_TENSORRT_FAIL="enqueue")
+    made = make_tensorrt_executor("tensorrt-rtx", limits=LIMITS, FAKE_TENSORRT_FAIL="enqueue")
+    with pytest.raises(DeviceError, match=said):
+        made.execute(step(1))
 
 
 def test_closing_gives_everything_back_once(make_tensorrt_executor: Make) -> None:
-    made = make_tensorrt_executor(limits=LIMITS, options=EngineOptions(swap_bytes=4 * BLOCK_BYTES))
+    options = EngineOptions(swap_bytes=4 * BLOCK_BYTES)
+    made = make_tensorrt_executor("tensorrt", limits=LIMITS, options=options)
     opened = names(made.calls())
     made.close()
     closed = names(made.calls())

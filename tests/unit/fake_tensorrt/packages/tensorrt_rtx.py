@@ -50,6 +50,11 @@ class ExecutionContextAllocationStrategy(Enum):
     USER_MANAGED = 2
 
 
+class TensorLocation(Enum):
+    DEVICE = 0
+    HOST = 1
+
+
 class Runtime:
     def __init__(self, logger: Any) -> None:
         self._logger = logger
@@ -73,6 +78,10 @@ class Engine:
 
     def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
         return int(self.values["activation_bytes"][profile])
+
+    def get_tensor_location(self, name: str) -> TensorLocation:
+        is_host = name == os.environ.get("FAKE_TENSORRT_HOST_INPUT")
+        return TensorLocation.HOST if is_host else TensorLocation.DEVICE
 
     def create_execution_context(self, strategy: ExecutionContextAllocationStrategy) -> Context:
         assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED
