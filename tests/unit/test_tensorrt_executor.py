@@ -8,7 +8,9 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -69,6 +71,27 @@ def new_entries(executor: Any) -> list[tuple[Any, ...]]:
     seen = getattr(executor, "num_seen", 0)
     executor.num_seen = len(log)
     return log[seen:]
+
+
+# --------------------------------------------------------------------------- the stand-in
+
+
+def test_the_stand_in_has_no_method_that_tensorrt_has_not(tensorrt_rtx: ModuleType) -> None:
+    path = Path(__file__).parent / "fake_tensorrt" / "packages" / "tensorrt_rtx.py"
+    spec = spec_from_file_location("fake_tensorrt_rtx", path)
+    fake = module_from_spec(spec)
+    spec.loader.exec_module(fake)
+    for ours, theirs in (
+        (fake.Runtime, tensorrt_rtx.Runtime),
+        (fake.Engine, tensorrt_rtx.ICudaEngine),
+        (fake.Context, tensorrt_rtx.IExecutionContext),
+        (fake.ILogger, tensorrt_rtx.ILogger),
+    ):
+        public = {name for name in vars(ours) if not name.startswith("_")}
+        assert public <= set(dir(theirs))
+    for enum in ("ExecutionContextAllocationStrategy", "TensorLocation"):
+        assert set(getattr(fake, enum).__members__) <= set(getattr(tensorrt_rtx, enum).__members__)
+    assert hasattr(tensorrt_rtx.ICudaEngine, "num_optimization_profiles")
 
 
 # --------------------------------------------------------------------------- loading
