@@ -16,7 +16,7 @@ from trtforge.builder.engine_cache import EngineCache
 from trtforge.builder.existing import find_existing
 from trtforge.builder.key import build_key
 from trtforge.builder.options import BuildOptions
-from trtforge.builder.plan import BuildPlan, make_plan, plan_kv_cache
+from trtforge.builder.plan import BuildPlan, choose_engine_target, make_plan, plan_kv_cache
 from trtforge.builder.quantization.calibration_texts import calibration_texts
 from trtforge.builder.quantization.policy import Quantization
 from trtforge.builder.report import BuildReport
@@ -27,7 +27,7 @@ from trtforge.builder.tokenizer import write_tokenizer
 from trtforge.builder.verify import verify_graph
 from trtforge.errors import CapacityError, ConfigError, EngineBuildError
 from trtforge.integrity import file_digest
-from trtforge.manifest import KVCacheLayout, Manifest, ModelInfo, Rank, element_bytes
+from trtforge.manifest import KERNELS_FOLDER, KVCacheLayout, Manifest, ModelInfo, Rank, element_bytes
 
 if TYPE_CHECKING:
     from trtforge.builder.export import ExportedModel
@@ -59,6 +59,7 @@ def build(options: BuildOptions, console: Console | None = None) -> BuildResult:
     """
     target = options.output.expanduser().resolve() / options.name
     find_existing(target)  # refuses what must not be replaced before any work is done
+    choose_engine_target(options)  # what is not installed is said before a model is fetched
     cache = _open_cache(options)
     try:
         with staging(target) as area, Stages(console) as stages:
@@ -84,6 +85,7 @@ def build(options: BuildOptions, console: Console | None = None) -> BuildResult:
 
 
 def _open_cache(options: BuildOptions) -> EngineCache | None:
+    # Full TensorRT's engines are for one model of GPU, of which a cache would have to know.
     if options.runtime != "tensorrt-rtx" or options.engine_cache is None:
         return None
     return EngineCache(options.engine_cache)
@@ -168,6 +170,18 @@ def _fill(
     graph = Path(RANK_FOLDER, ONNX_FILE)
     with stages.stage("check graph"):
         verify_graph(version / graph, len(exported.layers))
+    kernels = None
+    if plan.runtime == "tensorrt" and plan.target is not None:
+        with stages.stage("compile kernels") as stage:
+            from trtforge.builder.plugin_graph import compile_kernels
+
+            kernels = compile_kernels(
+                version / graph,
+                plan.block_size,
+                plan.target.compute_capabilities,
+                version / KERNELS_FOLDER,
+                stage.on_progress,
+            )
     engine = None
     if plan.target is not None:
         with stages.stage("build engine") as stage:
@@ -175,7 +189,7 @@ def _fill(
             from trtforge.builder.rank_engine import build_rank_engine
 
             engine = build_rank_engine(
-                version / graph, plan.target, plan.limits, kv_cache, cache, stage.on_fraction
+                version / graph, plan.target, plan.limits, kv_cache, cache, stage.on_fraction, kernels
             )
     with stages.stage("hash files"):
         digests = {name: file_digest(file) for name, file in _files(version).items()}

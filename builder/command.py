@@ -108,7 +108,7 @@ def build(
         typer.Option(
             metavar="sm_NN",
             help="GPUs that a TensorRT engine is for, such as sm_89; may be repeated. All that the runtime "
-            "can build for by default.",
+            "can build for by default; full tensorrt builds for this machine's.",
             show_default=False,
         ),
     ] = None,
@@ -142,6 +142,7 @@ def build(
       build-engine Qwen/Qwen3-0.6B -o repository --max-model-len 4096
       build-engine ./model -o repository --kv-cache-bytes 2GiB --force
       build-engine ./model -o repository --runtime tensorrt-rtx --gpu sm_89
+      build-engine ./model -o repository --runtime tensorrt
       build-engine ./model -o repository --int4 --exclude '*.layers.0.*'
 
     \b

@@ -5,27 +5,23 @@ No other module of the builder imports them, and this one does only when an engi
 
 from __future__ import annotations
 
-import functools
-import importlib
-import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from trtforge.builder.engine_progress import BuildPhases
-from trtforge.errors import ConfigError, EngineBuildError
+from trtforge.errors import ConfigError, EngineBuildError, PluginError
 from trtforge.manifest import Profile
+from trtforge.plugins.aot import check_compiler
+from trtforge.tensorrt_package import PACKAGES, load_package, package_logger, with_reasons
 
 EngineRuntime = Literal["tensorrt", "tensorrt-rtx"]
 
-_PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
 # GPUs before Ampere have no bfloat16.
 _FIRST_COMPUTE_CAPABILITY = (8, 0)
-
-logger = logging.getLogger(__name__)
 
 # Told how much is done, 0 to 1, and what is being done.
 OnProgress = Callable[[float, str], None]
@@ -37,7 +33,7 @@ class EngineTarget:
 
     package: str
     version: str
-    compute_capabilities: tuple[str, ...]  # such as 8.9; empty: the GPU of this machine
+    compute_capabilities: tuple[str, ...]  # such as 8.9
     workspace_bytes: int | None = None  # of scratch memory that layers may use; None: TensorRT's default
     weight_streaming: bool = False  # weights may stay in host memory
 
@@ -58,20 +54,24 @@ def choose_target(
     workspace_bytes: int | None = None,
     weight_streaming: bool = False,
 ) -> EngineTarget:
-    """The target for GPUs such as "sm_89"; without any all that the package has, where it can choose.
+    """The target for GPUs such as "sm_89"; without any all that the package can build for. That is this
+    machine's GPU alone for full TensorRT, which also needs the compiler of its plugins' kernels.
 
-    Raises ConfigError if the package is not installed or has not one of the GPUs.
+    Raises ConfigError if the package or the compiler is not installed, or if it cannot build for one of the
+    GPUs.
     """
-    package = _PACKAGES[runtime]
-    trt = _load(package)
-    known = _compute_capabilities(trt)
+    package = PACKAGES[runtime]
+    trt = load_package(package)
+    if package == "tensorrt":
+        check_compiler()
+    known = _compute_capabilities(trt) or (_own_compute_capability(package),)
     chosen = tuple(re.sub(r"sm_(\d+)(\d)", r"\1.\2", gpu) for gpu in gpus)
     unknown = [gpu for gpu, capability in zip(gpus, chosen, strict=True) if capability not in known]
     if unknown:
         choice = ", ".join(f"sm_{capability.replace('.', '')}" for capability in known)
         raise ConfigError(
-            f"--gpu {unknown[0]} is not possible with {package} {trt.__version__}: "
-            + (f"it builds for {choice}" if known else "it builds for the GPU of this machine, leave it out")
+            f"--gpu {unknown[0]} is not possible with {package} {trt.__version__}, which builds "
+            f"for {choice} here"
         )
     return EngineTarget(
         package, trt.__version__, chosen or known, workspace_bytes, weight_streaming=weight_streaming
@@ -86,15 +86,19 @@ class Network:
 
         Raises EngineBuildError with all that the parser does not take, and where.
         """
-        self._trt = _load(package)
-        self._logger = _logger(package)
+        self._trt = load_package(package)
+        self._logger = package_logger(package)
         self._builder = self._trt.Builder(self._logger)
         self._network = self._builder.create_network(_network_flags(self._trt))
         # Holds the weights that the network refers to.
         self._parser = self._trt.OnnxParser(self._network, self._logger)
         if not self._parser.parse(graph, str(path.resolve())):
             errors = [self._parser.get_error(i) for i in range(self._parser.num_errors)]
-            raise _error(f"{package} {self._trt.__version__} does not take the graph", map(_describe, errors))
+            raise EngineBuildError(
+                with_reasons(
+                    f"{package} {self._trt.__version__} does not take the graph", map(_describe, errors)
+                )
+            )
 
     @property
     def num_layers(self) -> int:
@@ -128,7 +132,11 @@ class Network:
         if monitor.error is not None:
             raise monitor.error
         if engine is None:
-            raise _error(f"{target.package} {target.version} cannot build the engine", self._logger.errors)
+            raise EngineBuildError(
+                with_reasons(
+                    f"{target.package} {target.version} cannot build the engine", self._logger.errors
+                )
+            )
         return memoryview(engine)
 
     def _tensor(self, tensor: Any) -> NetworkTensor:
@@ -140,7 +148,7 @@ class Network:
         return NetworkTensor(tensor.name, dtype or tensor.dtype.name.lower(), dims)
 
     def _set_target(self, config: Any, target: EngineTarget) -> None:
-        if target.compute_capabilities:
+        if hasattr(self._trt, "ComputeCapability"):
             config.num_compute_capabilities = len(target.compute_capabilities)
             for index, capability in enumerate(target.compute_capabilities):
                 member = getattr(self._trt.ComputeCapability, f"SM{capability.replace('.', '')}")
@@ -149,6 +157,8 @@ class Network:
             config.set_memory_pool_limit(self._trt.MemoryPoolType.WORKSPACE, target.workspace_bytes)
         if target.weight_streaming:
             config.set_flag(self._trt.BuilderFlag.WEIGHT_STREAMING)
+        if target.package == "tensorrt":
+            config.set_preview_feature(self._trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
 
     def _add_profile(self, config: Any, profile: Profile) -> None:
         added = self._builder.create_optimization_profile()
@@ -166,26 +176,33 @@ class Network:
             ]
             added.set_shape(tensor.name, *shapes)
         if config.add_optimization_profile(added) < 0:
-            raise _error(f"TensorRT does not take the profile {profile.name}", self._logger.errors)
-
-
-def _load(package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:  # of the package itself, or of libraries that it loads
-        raise ConfigError(
-            f"an engine needs the package {package}, which cannot be imported ({error}): "
-            f"pip install 'trtforge[{_EXTRAS[package]}]'"
-        ) from error
+            raise EngineBuildError(
+                with_reasons(f"TensorRT does not take the profile {profile.name}", self._logger.errors)
+            )
 
 
 def _compute_capabilities(trt: Any) -> tuple[str, ...]:
-    """The compute capabilities that can be built for; none where only this machine's GPU can."""
+    """The compute capabilities that can be chosen; none where the package builds for this machine's GPU."""
     if not hasattr(trt, "ComputeCapability"):
         return ()
     matches = [re.fullmatch(r"SM(\d+)(\d)", name) for name in trt.ComputeCapability.__members__]
     pairs = sorted((int(match[1]), int(match[2])) for match in matches if match is not None)
     return tuple(f"{major}.{minor}" for major, minor in pairs if (major, minor) >= _FIRST_COMPUTE_CAPABILITY)
+
+
+def _own_compute_capability(package: str) -> str:
+    """This machine's. Raises ConfigError if it has no GPU, or one that there are no kernels for."""
+    if find_spec("cuda") is None:
+        raise ConfigError(f"{package} builds on a GPU, through cuda-bindings: pip install 'trtforge[gpu]'")
+    from trtforge.plugins.bundle import arch_for
+    from trtforge.plugins.cuda_driver import Device
+
+    try:
+        capability = Device().compute_capability
+        arch_for(capability)
+    except PluginError as error:
+        raise ConfigError(f"{package} builds for the GPU of the machine that it runs on: {error}") from error
+    return f"{capability // 10}.{capability % 10}"
 
 
 def _network_flags(trt: Any) -> int:
@@ -195,39 +212,13 @@ def _network_flags(trt: Any) -> int:
 
 
 def _error(headline: str, reasons: Iterable[str]) -> EngineBuildError:
-    return EngineBuildError("\n  ".join([f"{headline}:", *reasons]))
+    return EngineBuildError(with_reasons(headline, reasons))
 
 
 def _describe(error: Any) -> str:
     """What the parser says about one node."""
     node = f"node {error.node()} {error.node_name()} ({error.node_operator()})"
     return f"{node}: {error.code().name}, {error.desc()}"
-
-
-@functools.cache  # TensorRT keeps the first logger of a process
-def _logger(package: str) -> Any:
-    trt = _load(package)
-    levels = {
-        trt.ILogger.Severity.INTERNAL_ERROR: logging.INFO,  # errors end up in exceptions
-        trt.ILogger.Severity.ERROR: logging.INFO,
-        trt.ILogger.Severity.WARNING: logging.INFO,  # mostly about TensorRT's own choices
-        trt.ILogger.Severity.INFO: logging.DEBUG,
-    }
-
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
-        """Passes TensorRT's messages on to `logging`, and remembers errors."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in levels:
-                logger.log(levels[severity], "%s: %s", package, message)
-            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
-                self.errors.append(message)
-
-    return Logger()
 
 
 def _monitor(trt: Any, on_progress: OnProgress) -> Any:

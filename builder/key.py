@@ -19,12 +19,14 @@ _SOURCES = ("builder", "plugins", "model_repository", "engine_options.py", "mani
 
 def build_key(content_key: str, plan: BuildPlan) -> str:
     """Hex sha256 over the checkpoint's content, the plan, and the versions of everything that builds."""
+    # Kernels are part of an engine's build.
+    tools = (*_TOOLS, "triton") if plan.runtime == "tensorrt" else _TOOLS
     parts = {
         "content": content_key,
         "plan": {**asdict(plan), "limits": plan.limits.model_dump()},
         "trtforge": trtforge.__version__,
         "sources": sources_digest(Path(trtforge.__file__).parent),
-        "tools": {name: metadata.version(name) for name in _TOOLS},
+        "tools": {name: metadata.version(name) for name in tools},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""From a graph with custom operators to one of standard operators, for builders that have no plugins.
+"""From a graph with custom operators to one of standard operators, but for those that have plugins.
 
 The bodies of all attention nodes compute the same positions, masks and indices. Once they are inlined into
 one graph and shapes are known, these are common subexpressions: one copy of each remains, in front of the
@@ -7,6 +7,7 @@ layers. Layers with a window share those of their own.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import onnx_ir as ir
@@ -15,17 +16,18 @@ from onnxscript import optimizer
 
 from trtforge.plugins.function_bodies import add_function_bodies
 
-_BLOCK_SIZE_DIM = "block_size"  # of the cache inputs, as the exporter names it
+BLOCK_SIZE_DIM = "block_size"  # of the cache inputs, as the exporter names it
 
 
-def lower(graph: Path, block_size: int) -> ir.Model:
-    """The graph in the file `graph` out of standard operators only, for caches with blocks of `block_size`.
+def lower(graph: Path, block_size: int, keep: Collection[str] = ()) -> ir.Model:
+    """The graph in the file `graph` out of standard operators and those named in `keep`, for caches with
+    blocks of `block_size`.
 
     Weights stay where they are, as external data. Raises PluginError for an unknown custom operator.
     """
     model = ir.load(graph)
     _fix_block_size(model, block_size)
-    add_function_bodies(model)
+    add_function_bodies(model, keep)
     merge = passes.CommonSubexpressionEliminationPass()
     ir.passes.Sequential(passes.InlinePass(), merge)(model)
     optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=_should_fold)
@@ -45,7 +47,7 @@ def lower(graph: Path, block_size: int) -> ir.Model:
 def _fix_block_size(model: ir.Model, block_size: int) -> None:
     for value in model.graph.inputs:
         if value.shape is not None:
-            value.shape = ir.Shape(block_size if str(dim) == _BLOCK_SIZE_DIM else dim for dim in value.shape)
+            value.shape = ir.Shape(block_size if str(dim) == BLOCK_SIZE_DIM else dim for dim in value.shape)
 
 
 def _should_fold(node: ir.Node) -> bool | None:

@@ -64,14 +64,18 @@ def make_plan(
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
         ),
-        target=_choose_target(options),
+        target=choose_engine_target(options),
         quantization=quantization,
         lowering=choose_lowering(runtime, wanted) if is_quantized else None,
     )
 
 
-def _choose_target(options: BuildOptions) -> EngineTarget | None:
-    if options.runtime != "tensorrt-rtx":
+def choose_engine_target(options: BuildOptions) -> EngineTarget | None:
+    """What builds the engine and for which GPUs; None for a runtime without engines.
+
+    Raises ConfigError if TensorRT is wanted and not there, or cannot build for the GPUs.
+    """
+    if options.runtime not in ("tensorrt", "tensorrt-rtx"):
         return None
     return choose_target(
         options.runtime,
@@ -121,7 +125,7 @@ def choose_max_model_len(wanted: int | None, config: Any, model: str) -> int:
 
 def _choose_dtype(options: BuildOptions, checkpoint_dtype: DType) -> DType:
     """OpenVINO's CPU plugin computes wrong results in float16: nothing may end up there."""
-    if options.runtime in ("reference", "tensorrt-rtx"):
+    if options.runtime in ("reference", "tensorrt", "tensorrt-rtx"):
         return checkpoint_dtype if options.dtype == "auto" else options.dtype
     if options.dtype == "float16":
         raise ConfigError(

@@ -11,9 +11,11 @@ import onnx_ir as ir
 from trtforge.builder.engine import EngineTarget, Network, OnProgress
 from trtforge.builder.engine_cache import EngineCache, EngineRecipe, write_engine
 from trtforge.builder.lower import lower
+from trtforge.builder.plugin_graph import lower_for_plugins, register_plugins
 from trtforge.builder.profiles import make_profiles
 from trtforge.engine_file import sha256_of
 from trtforge.manifest import EngineInfo, KVCacheLayout, Limits, Profile
+from trtforge.plugins.bundle import Bundle
 
 ENGINE_FILE = "model.engine"
 
@@ -27,15 +29,22 @@ def build_rank_engine(
     kv_cache: KVCacheLayout,
     cache: EngineCache | None,
     on_progress: OnProgress,
+    kernels: Bundle | None = None,
 ) -> EngineInfo:
     """Write the engine of the ONNX file `graph`, which the builder wrote, beside it.
 
-    Raises EngineBuildError if TensorRT cannot build it. Paths in the result are relative to the folder
-    above the rank's.
+    With `kernels` the operators that have some become plugins, as only full TensorRT takes them; they are
+    registered for this process. Raises EngineBuildError if TensorRT cannot build it. Paths in the result are
+    relative to the folder above the rank's.
     """
     on_progress(0.0, "lower graph")
-    model = lower(graph, kv_cache.block_size)
-    serialized = ir.to_proto(model).SerializeToString(deterministic=True)
+    if kernels is None:
+        model = lower(graph, kv_cache.block_size)
+        proto = ir.to_proto(model)
+    else:
+        model, proto = lower_for_plugins(graph, kv_cache.block_size)
+        register_plugins(target.package, kernels)
+    serialized = proto.SerializeToString(deterministic=True)
     profiles = make_profiles(target.package, limits, kv_cache)
 
     def build() -> memoryview:

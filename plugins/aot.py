@@ -47,14 +47,19 @@ class Compiled:
     cubin: bytes
 
 
+def check_compiler() -> None:
+    """Raise ConfigError if Triton is not installed."""
+    if find_spec("triton") is None:
+        raise ConfigError("compiling kernels needs Triton: install it with pip install 'trtforge[kernels]'")
+
+
 @contextmanager
 def compiler(num_processes: int, cache: Path | None = None) -> Iterator[ProcessPoolExecutor]:
     """Processes that can run `compile_kernel`, with Triton's cache in `cache` if it is to be kept.
 
     Raises ConfigError if Triton is not installed.
     """
-    if find_spec("triton") is None:
-        raise ConfigError("compiling kernels needs Triton: install it with pip install 'trtforge[kernels]'")
+    check_compiler()
     with tempfile.TemporaryDirectory(prefix="trtforge-triton-") as folder:
         # Spawned: a fork may have Triton imported already, and it reads its settings only then.
         pool = ProcessPoolExecutor(

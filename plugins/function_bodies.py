@@ -6,6 +6,7 @@ has to find its plugins, and which of the two its parser takes depends on its ve
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TypeAlias, TypeVar
 
 import onnx
@@ -24,19 +25,20 @@ _Variant: TypeAlias = tuple[
 ]
 
 
-def add_function_bodies(model: Model) -> Model:
-    """Turn the custom nodes of `model` into calls of functions that it then carries; returns `model`.
+def add_function_bodies(model: Model, keep: Collection[str] = ()) -> Model:
+    """Turn the custom nodes of `model` into calls of functions that it then carries; returns `model`. Those
+    of the operators named in `keep` stay what they are.
 
     Attributes are compiled into the functions: nodes of one operator that differ in them, in which inputs
     they have or in their dtypes call different functions (PagedAttention, PagedAttention_2, …), because
     TensorRT's parser tells functions apart by their names only. Raises PluginError for an unknown operator.
     """
     if isinstance(model, onnx.ModelProto):
-        model.CopyFrom(ir.to_proto(add_function_bodies(ir.from_proto(model))))
+        model.CopyFrom(ir.to_proto(add_function_bodies(ir.from_proto(model), keep)))
         return model
     variants: dict[_Variant, str] = {}
     for node in model.graph:
-        if node.domain != DOMAIN:
+        if node.domain != DOMAIN or node.op_type in keep:
             continue
         if node.op_type not in OPERATORS:
             raise PluginError(f"the model has an operator {DOMAIN}::{node.op_type}, which is not known here")

@@ -5,15 +5,14 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from cuda.bindings import driver
-from cuda.pathfinder import DynamicLibNotFoundError
 
 from trtforge.errors import PluginError
 from trtforge.plugins.bundle import Bundle, CubinEntry, arch_for
+from trtforge.plugins.cuda_driver import Device, check
 from trtforge.plugins.launch import Gpu, Kernel, Launch, Plan, workspace_layout
 
 POINTER_ALIGNMENT = 16  # bytes; kernels are compiled for pointers that are multiples of it
@@ -37,21 +36,10 @@ class Launcher:
         self._bundle = bundle
         self._lock = threading.Lock()  # of _kernels, and of the argument memory of every kernel in it
         self._kernels: dict[Kernel, _LoadedKernel] = {}
-        try:
-            _check(driver.cuInit(0), "initializing the CUDA driver")
-        except DynamicLibNotFoundError as error:
-            raise PluginError("kernels need an NVIDIA driver: libcuda.so.1 was not found") from error
-        handle = _check(driver.cuDeviceGet(device), f"finding CUDA device {device}")
-        self._context = _check(driver.cuDevicePrimaryCtxRetain(handle), f"using CUDA device {device}")
-
-        def attribute(name: str) -> int:
-            number = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
-            value: int = _check(driver.cuDeviceGetAttribute(number, handle), f"asking for {name}")
-            return value
-
-        capability = 10 * attribute("COMPUTE_CAPABILITY_MAJOR") + attribute("COMPUTE_CAPABILITY_MINOR")
+        self._device = Device(device)
+        capability = self._device.compute_capability
         arch_for(capability)  # or there are no kernels for it, whatever the bundle
-        self.gpu = Gpu(arch=capability, num_sms=attribute("MULTIPROCESSOR_COUNT"))
+        self.gpu = Gpu(arch=capability, num_sms=self._device.num_sms)
 
     def load(self, plan: Plan) -> None:
         """Load the kernels of `plan` that are not loaded yet.
@@ -82,17 +70,9 @@ class Launcher:
         loaded = self._kernels.get(kernel)
         if loaded is None:
             entry, cubin = self._bundle.cubin(kernel, self.gpu.arch)
-            with self._current_context():
+            with self._device.current():
                 loaded = self._kernels[kernel] = _LoadedKernel(kernel, entry, cubin)
         return loaded
-
-    @contextmanager
-    def _current_context(self) -> Iterator[None]:
-        _check(driver.cuCtxPushCurrent(self._context), "making the device's context current")
-        try:
-            yield
-        finally:
-            _check(driver.cuCtxPopCurrent(), "making the context before current again")
 
 
 class _LoadedKernel:
@@ -110,15 +90,15 @@ class _LoadedKernel:
         first = ctypes.addressof(self._arguments)
         self._slots = (ctypes.c_void_p * num_slots)(*(first + i * _SLOT_BYTES for i in range(num_slots)))
 
-        module = _check(driver.cuModuleLoadData(cubin), f"loading {self._name}")
-        self._function = _check(
+        module = check(driver.cuModuleLoadData(cubin), f"loading {self._name}")
+        self._function = check(
             driver.cuModuleGetFunction(module, entry.symbol.encode()), f"finding {self._name}"
         )
         # The driver is lazy: it would load the function at its first launch, perhaps during a capture.
-        _check(driver.cuFuncLoad(self._function), f"loading {self._name}")
+        check(driver.cuFuncLoad(self._function), f"loading {self._name}")
         if entry.shared_bytes > DEFAULT_SHARED_BYTES:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _check(
+            check(
                 driver.cuFuncSetAttribute(self._function, attribute, entry.shared_bytes),
                 f"allowing {self._name} {entry.shared_bytes} bytes of shared memory",
             )
@@ -142,7 +122,7 @@ class _LoadedKernel:
         config.gridDimY = launch.grid[1]
         config.gridDimZ = launch.grid[2]
         config.hStream = driver.CUstream(stream)
-        _check(
+        check(
             driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(self._slots), 0),
             f"launching {self._name} over a grid of {launch.grid}",
         )
@@ -185,13 +165,3 @@ def _launch_config(entry: CubinEntry) -> driver.CUlaunchConfig:
         config.attrs = [cluster]
         config.numAttrs = 1
     return config
-
-
-def _check(result: tuple[Any, ...], what: str) -> Any:
-    """The value that a driver's function returned; raises PluginError with the driver's reason."""
-    status = result[0]
-    if status != driver.CUresult.CUDA_SUCCESS:
-        texts = [driver.cuGetErrorName(status)[1], driver.cuGetErrorString(status)[1]]
-        reason = ": ".join(text.decode() for text in texts if text) or f"CUDA error {int(status)}"
-        raise PluginError(f"{what} failed with {reason}")
-    return result[1] if len(result) > 1 else None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from trtforge.engine_options import EngineOptions
-from trtforge.errors import RequestError
+from trtforge.errors import DeviceError, RequestError
 from trtforge.manifest import Limits
 from trtforge.runtime.executor import Executor, ModelInputs, ModelOutputs
 from trtforge.runtime.kv_cache_manager import KVCacheConfig, KVCacheManager
@@ -233,7 +233,7 @@ class EngineCore:
         """Run one step; returns what it added to the answers, and those that ended since the last one.
 
         An exception from the executor's `execute` ends the requests of that step with "error" and is not
-        raised; one from `move_blocks` is, since nothing is known about the cache then.
+        raised. A DeviceError is, and what `move_blocks` raises: nothing is known about the cache then.
         """
         started_s = self._clock()
         self._expire(started_s)
@@ -318,6 +318,8 @@ class EngineCore:
                 raise ValueError(
                     f"logits are {outputs.logits.shape}, not {(step.num_logits, self._vocab_size)}"
                 )
+        except DeviceError:
+            raise
         except Exception as error:
             request_ids = {sequence.request_id for sequence in step.scheduled.sequences}
             logger.exception("executor failed; ended requests %s", sorted(request_ids))

@@ -53,7 +53,8 @@ class Executor(Protocol):
     """Runs the model on one step's packed inputs. Not thread-safe; one thread owns it.
 
     Blocks are written in place: what a step stores in the cache the next step sees. After an exception
-    from `execute` the contents of the blocks it was to write are undefined, the others are unharmed.
+    from `execute` the contents of the blocks it was to write are undefined, the others are unharmed. After
+    a DeviceError the executor is of no use any more.
     """
 
     def kv_cache_spec(self) -> KVCacheSpec:

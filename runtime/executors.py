@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 
 from trtforge.engine_options import EngineOptions
 from trtforge.errors import ConfigError
-from trtforge.manifest import Manifest
+from trtforge.manifest import KERNELS_FOLDER, Manifest
 from trtforge.runtime.executor import Executor
 from trtforge.runtime.memory_budget import available_memory_bytes, plan_memory, resize
+from trtforge.tensorrt_package import PACKAGES
 
 logger = logging.getLogger(__name__)
-
-# Beside the manifest, where `trtforge compile-kernels` may have put the model's kernels.
-KERNELS_FOLDER = "kernels"
 
 
 def create_executor(manifest: Manifest, model_dir: Path, options: EngineOptions) -> Executor:
@@ -25,6 +24,8 @@ def create_executor(manifest: Manifest, model_dir: Path, options: EngineOptions)
     """
     if manifest.runtime == "reference":
         return _create_reference_executor(manifest, model_dir, options)
+    if manifest.runtime in PACKAGES:
+        return _create_tensorrt_executor(manifest, model_dir, options)
     budget = plan_memory(manifest, options, available_memory_bytes())
     logger.info("%s", budget)
     if manifest.runtime == "openvino":
@@ -44,10 +45,18 @@ def create_executor(manifest: Manifest, model_dir: Path, options: EngineOptions)
             num_host_blocks=budget.num_host_blocks,
             window=manifest.kv_cache.window,
         )
-    raise ConfigError(
-        f"{model_dir} was built for the runtime {manifest.runtime!r}, which cannot be served yet: "
-        "build it with --runtime openvino"
-    )
+    raise ConfigError(f"{model_dir} was built for the runtime {manifest.runtime!r}, which nothing executes")
+
+
+def _create_tensorrt_executor(manifest: Manifest, model_dir: Path, options: EngineOptions) -> Executor:
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        raise ConfigError(
+            f"{model_dir} was built for {manifest.runtime}, and serving an engine needs the package "
+            "cuda-bindings: pip install 'trtforge[gpu]'"
+        )
+    from trtforge.runtime.tensorrt_executor import TensorRTExecutor
+
+    return TensorRTExecutor(model_dir, manifest, options, kernels=model_dir / KERNELS_FOLDER)
 
 
 def _create_reference_executor(manifest: Manifest, model_dir: Path, options: EngineOptions) -> Executor:

@@ -21,12 +21,14 @@ class MemoryBudget:
     block_size: int  # tokens
     num_blocks: int
     num_host_blocks: int
-    available_bytes: int  # before anything was allocated
+    available_bytes: int  # when this was planned: before weights were loaded, or after an engine was
+    step_bytes: int = 0  # what an engine's steps compute in, beside the cache; allocated before
 
     def __str__(self) -> str:
         rows = (
             ("free memory", self.available_bytes, ""),
             ("weights", self.weights_bytes, ""),
+            *([("steps", self.step_bytes, "activations, inputs and logits")] if self.step_bytes else []),
             (
                 "KV cache",
                 self.num_blocks * self.block_bytes,
@@ -39,7 +41,9 @@ class MemoryBudget:
         )
 
 
-def plan_memory(manifest: Manifest, options: EngineOptions, available_bytes: int) -> MemoryBudget:
+def plan_memory(
+    manifest: Manifest, options: EngineOptions, available_bytes: int, *, step_bytes: int = 0
+) -> MemoryBudget:
     """Blocks as the build planned them, or as many as the options allow if they say something.
 
     Raises ConfigError if that is none, or more than slot numbers reach.
@@ -65,13 +69,22 @@ def plan_memory(manifest: Manifest, options: EngineOptions, available_bytes: int
             f"{block_bytes} bytes"
         )
     return MemoryBudget(
-        weights_bytes=sum(size for name, size in manifest.files.items() if name.startswith("rank")),
+        weights_bytes=_weights_bytes(manifest),
         block_bytes=block_bytes,
         block_size=layout.block_size,
         num_blocks=num_blocks,
         num_host_blocks=num_host_blocks,
         available_bytes=available_bytes,
+        step_bytes=step_bytes,
     )
+
+
+def _weights_bytes(manifest: Manifest) -> int:
+    """Of the engines, which have weights of their own, or of all files of the ranks."""
+    engines = [rank.engine.size_bytes for rank in manifest.ranks if rank.engine is not None]
+    if engines:
+        return sum(engines)
+    return sum(size for name, size in manifest.files.items() if name.startswith("rank"))
 
 
 def resize(layout: KVCacheLayout, budget: MemoryBudget) -> KVCacheLayout:

@@ -13,7 +13,8 @@ from trtforge import wire
 from trtforge.errors import CapacityError, ServerError
 from trtforge.manifest import KVCacheLayout, Manifest
 from trtforge.runtime.block_moves import BlockMoves, Move
-from trtforge.runtime.decode_graphs import DecodeGraphs, step_arrays
+from trtforge.runtime.decode_batches import step_arrays
+from trtforge.runtime.decode_graphs import DecodeGraphs
 from trtforge.runtime.executor import KVCacheSpec, ModelInputs, ModelOutputs
 from trtforge.runtime.graph_file import read_graph_file
 from trtforge.runtime.kernel_calls import Launcher

@@ -33,10 +33,10 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_engine(folder: Path, manifest: Manifest, rank: int, host: EngineHost) -> Path:
-    """The engine file of `rank` in `folder`, which holds the manifest; `host` can load it.
+def engine_of(folder: Path, manifest: Manifest, rank: int) -> EngineInfo:
+    """What the manifest in `folder` says about the engine of `rank`.
 
-    Reads the whole file once. Raises ConfigError that says what does not match and how to build it again.
+    Raises ConfigError if there is none, and says how to build one.
     """
     model = f"the model in {folder}"
     if rank >= len(manifest.ranks):
@@ -50,7 +50,16 @@ def check_engine(folder: Path, manifest: Manifest, rank: int, host: EngineHost) 
             f"rank {rank} of {model} was built for {manifest.runtime} and has no engine: build it again with "
             "build-engine --runtime tensorrt or tensorrt-rtx"
         )
-    _check_host(f"the engine of rank {rank} of {model}", engine, host)
+    return engine
+
+
+def check_engine(folder: Path, manifest: Manifest, rank: int, host: EngineHost) -> Path:
+    """The engine file of `rank` in `folder`, which holds the manifest; `host` can load it.
+
+    Reads the whole file once. Raises ConfigError that says what does not match and how to build it again.
+    """
+    engine = engine_of(folder, manifest, rank)
+    _check_host(f"the engine of rank {rank} of the model in {folder}", engine, host)
     path = folder / engine.file
     _check_file(path, engine)
     return path

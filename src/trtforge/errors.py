@@ -54,6 +54,10 @@ class ServerError(TrtforgeError):
     exit_code = 8
 
 
+class DeviceError(ServerError):
+    """A GPU failed: nothing is known about its memory, and no later step of this process can be trusted."""
+
+
 class RequestTimeoutError(TrtforgeError):
     """A request that did not finish within its timeout, whether the server or the client measured it."""
 

@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from trtforge.errors import ConfigError
 
 MANIFEST_FILE = "manifest.json"
+# Beside the manifest: the bundle of the model's kernels, of engines that have plugins and where
+# `trtforge compile-kernels` was told to put it there.
+KERNELS_FOLDER = "kernels"
 SCHEMA_VERSION: Literal[1] = 1
 # slot_mapping holds block * block_size + offset as int32.
 MAX_SLOTS = 2**31 - 1

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from trtforge.manifest import Limits
-from trtforge.runtime.decode_graphs import DecodeGraphs, step_arrays
+from trtforge.runtime.decode_batches import step_arrays
+from trtforge.runtime.decode_graphs import DecodeGraphs
 from trtforge.runtime.executor import ModelInputs
 
 pytestmark = [

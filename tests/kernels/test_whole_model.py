@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trtforge.builder.checkpoint import Checkpoint
 from trtforge.builder.export import export_model, write_graph
 from trtforge.manifest import KVCacheLayout, Limits, Manifest, ModelInfo, Rank
-from trtforge.runtime.decode_graphs import pad_decode
+from trtforge.runtime.decode_batches import pad_decode
 from trtforge.runtime.executor import ModelInputs
 from trtforge.runtime.reference_executor import ReferenceExecutor
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from trtforge.engine_options import EngineOptions
-from trtforge.errors import CapacityError, ConfigError, RequestError
+from trtforge.errors import CapacityError, ConfigError, DeviceError, RequestError
 from trtforge.manifest import Limits
 from trtforge.runtime.engine_core import EngineCore
 from trtforge.runtime.executor import Float32Array, ModelInputs, ModelOutputs
@@ -400,11 +400,12 @@ class FailingExecutor(FakeExecutor):
     """Raises in its third step."""
 
     num_steps = 0
+    error: Exception = MemoryError("out of device memory")
 
     def execute(self, inputs: ModelInputs) -> ModelOutputs:
         self.num_steps += 1
         if self.num_steps == 3:
-            raise MemoryError("out of device memory")
+            raise self.error
         return super().execute(inputs)
 
 
@@ -423,6 +424,15 @@ def test_an_executor_failure_ends_the_requests_of_that_step_only() -> None:
     errors = {output.error for output in outputs if output.finish_reason == "error"}
     assert errors == {"the executor failed: MemoryError: out of device memory"}
     assert core.num_free_blocks == 100
+
+
+def test_a_device_error_is_not_survived() -> None:
+    executor = FailingExecutor(VOCAB_SIZE, 100, 4)
+    executor.error = DeviceError("an illegal memory access")
+    core = new_core(executor)
+    core.add_request(greedy("a", (1, 2)))
+    with pytest.raises(DeviceError, match="illegal memory access"):
+        run_to_end(core)
 
 
 def test_logits_of_another_vocabulary_are_an_executor_failure() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,14 +15,23 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from trtforge.builder.engine import choose_target
+from trtforge.builder.rank_engine import build_rank_engine
+from trtforge.engine_options import EngineOptions
+from trtforge.errors import ConfigError
+from trtforge.manifest import Limits, Manifest, Rank
 from trtforge.runtime.block_moves import BlockMoves
 from trtforge.runtime.executor import Executor, Float32Array, KVCacheSpec
+from trtforge.runtime.executors import create_executor
 from trtforge.runtime.fake_executor import FakeExecutor
 from trtforge.runtime.openvino_executor import OpenVINOExecutor
 from trtforge.runtime.reference_executor import ReferenceExecutor
 
 VOCAB_SIZE = 128
 SPEC = KVCacheSpec(block_size=32, num_blocks=24, num_host_blocks=4)
+LIMITS = Limits(max_model_len=768, max_num_seqs=4, max_num_batched_tokens=800)
+# Of the fake engine's 2 layers of one float32.
+SWAP_BYTES = 4 * 32 * 2 * 2 * 4
 
 Drive = Callable[..., Any]  # see the fixture of this name
 
@@ -32,17 +43,49 @@ ON_GPU = [
 
 @pytest.fixture(
     scope="module",
-    params=["fake", "openvino", "reference", pytest.param("reference-cuda", marks=ON_GPU)],
+    params=[
+        "fake",
+        "openvino",
+        "reference",
+        "tensorrt-fake",
+        "tensorrt-rtx-fake",
+        pytest.param("reference-cuda", marks=ON_GPU),
+        pytest.param("tensorrt-rtx", marks=ON_GPU),
+    ],
 )
 def make_executor(request: pytest.FixtureRequest) -> Callable[[], Executor]:
     """Makes executors of one kind whose logits are the same function of a sequence's tokens."""
     if request.param == "fake":
         return lambda: FakeExecutor(VOCAB_SIZE, SPEC.num_blocks, SPEC.block_size, num_host_blocks=4)
+    if request.param.endswith("-fake"):
+        options = EngineOptions(swap_bytes=SWAP_BYTES)
+        make = request.getfixturevalue("make_tensorrt_executor")
+        runtime = request.param.removesuffix("-fake")
+        return lambda: make(runtime, limits=LIMITS, options=options)
     folder, manifest = request.getfixturevalue("export_tiny_llama")("float32")
+    if request.param == "tensorrt-rtx":
+        request.getfixturevalue("tensorrt_rtx")
+        return _tensorrt_rtx(folder, manifest)
     if request.param.startswith("reference"):
         device = torch.device("cuda" if request.param == "reference-cuda" else "cpu")
         return lambda: ReferenceExecutor(folder, manifest, device=device, num_host_blocks=4)
     return lambda: OpenVINOExecutor(folder, manifest, threads=2, num_host_blocks=4)
+
+
+def _tensorrt_rtx(folder: Path, manifest: Manifest) -> Callable[[], Executor]:
+    """Of an engine for this machine's GPU, in true float32."""
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+    major, minor = torch.cuda.get_device_capability()
+    try:
+        target = choose_target("tensorrt-rtx", [f"sm_{major}{minor}"])
+    except ConfigError as error:
+        pytest.skip(str(error))
+    graph, layout = folder / "model.onnx", manifest.kv_cache
+    engine = build_rank_engine(graph, target, LIMITS, layout, None, lambda fraction, step: None)
+    ranks = (Rank(onnx=f"{folder.name}/model.onnx", engine=engine),)
+    changes = {"runtime": "tensorrt-rtx", "limits": LIMITS, "ranks": ranks}
+    options = EngineOptions(swap_bytes=4 * layout.block_size * layout.bytes_per_token)
+    return lambda: create_executor(manifest.model_copy(update=changes), folder.parent, options)
 
 
 @pytest.fixture(scope="module")

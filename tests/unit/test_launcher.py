@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-import shutil
 import struct
 import subprocess
 import sys
@@ -97,17 +96,6 @@ def write_bundle(folder: Path, cubins: dict[Kernel, str], **changes: Any) -> Non
     (folder / MANIFEST_FILE).write_text(manifest.model_dump_json())
 
 
-@pytest.fixture(scope="module")
-def driver_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        pytest.fail("these tests compile a fake CUDA driver: install a C compiler (cc, gcc or clang)")
-    folder = tmp_path_factory.mktemp("driver")
-    command = [compiler, "-shared", "-fPIC", "-o", str(folder / "libcuda.so.1"), str(FOLDER / "libcuda.c")]
-    subprocess.run(command, check=True)
-    return folder
-
-
 @dataclass(frozen=True)
 class Outcome:
     errors: list[str | None]  # of each step
@@ -119,7 +107,7 @@ class Outcome:
 
 
 @pytest.fixture
-def run(driver_folder: Path, tmp_path: Path):
+def run(cuda_driver_folder: Path, tmp_path: Path):
     """`run(*steps, cubins=..., capability=90, threads=1, fail="", **changes)`: steps of a launcher.
 
     They run in a process with the recording driver. `changes` are those of `write_bundle`.
@@ -137,7 +125,7 @@ def run(driver_folder: Path, tmp_path: Path):
         write_bundle(bundle, cubins, **changes)
         environment = {
             **os.environ,
-            "LD_LIBRARY_PATH": str(driver_folder),
+            "LD_LIBRARY_PATH": str(cuda_driver_folder),
             "PYTHONPATH": os.pathsep.join([str(FOLDER.parent), *sys.path]),
             "FAKE_CUDA_RECORD": str(record),
             "FAKE_CUDA_ARCH": str(capability),

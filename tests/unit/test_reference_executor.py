@@ -23,7 +23,7 @@ from trtforge.plugins.launch import Call, Gpu, Kernel, Kernels, Launch, Plan
 from trtforge.plugins.op import FLOATS, Attribute, OpSpec, Tensor
 from trtforge.plugins.operators import OPERATORS
 from trtforge.plugins.paged_attention.cases import CASES, TOLERANCE, Case, make_inputs
-from trtforge.runtime.decode_graphs import batch_sizes, pad_decode
+from trtforge.runtime.decode_batches import batch_sizes, pad_decode
 from trtforge.runtime.executors import create_executor
 from trtforge.runtime.kernel_calls import KernelCalls
 from trtforge.runtime.reference_executor import ReferenceExecutor

@@ -1,0 +1,183 @@
+"""Stands in for TensorRT-RTX where there is no GPU: its runtime's classes, as far as an executor uses them.
+
+An "engine" is JSON: vocab_size, num_layers, profiles (smallest and largest sizes), activation_bytes of each.
+It computes logits that are a function of all tokens of a sequence. Every layer has a cache of one head of
+one float32 and keeps the same there: keys are tokens, values are positions.
+
+Work is put on the stream of the fake driver with the shapes and addresses that it has when it is enqueued: so
+captured work does what a captured graph does. What TensorRT would refuse is logged and refused here too.
+LOG has what was asked of contexts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+__version__ = "1.2.3"
+LOG: list[tuple[Any, ...]] = []
+
+_HostFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_INPUTS = {
+    "input_ids": ("T",),
+    "position_ids": ("T",),
+    "block_tables": ("B", "max_blocks"),
+    "cu_seqlens": ("B_plus_1",),
+    "context_lens": ("B",),
+    "slot_mapping": ("T",),
+    "logits_indices": ("R",),
+}
+
+
+class ILogger:
+    class Severity(Enum):
+        INTERNAL_ERROR = 0
+        ERROR = 1
+        WARNING = 2
+        INFO = 3
+
+    def __init__(self) -> None:
+        pass
+
+
+class ExecutionContextAllocationStrategy(Enum):
+    STATIC = 0
+    USER_MANAGED = 2
+
+
+class TensorLocation(Enum):
+    DEVICE = 0
+    HOST = 1
+
+
+class Runtime:
+    def __init__(self, logger: Any) -> None:
+        self._logger = logger
+
+    def deserialize_cuda_engine(self, data: Any) -> Engine | None:
+        LOG.append(("deserialize", len(data)))
+        try:
+            return Engine(json.loads(bytes(data)), self._logger)
+        except ValueError:
+            self._logger.log(ILogger.Severity.ERROR, "the magic tag does not match")
+            return None
+
+
+class Engine:
+    def __init__(self, values: Any, logger: Any) -> None:
+        self.values = values
+        self.logger = logger
+        self.num_optimization_profiles = len(values["profiles"])
+        self.driver = ctypes.CDLL("libcuda.so.1")
+        self.callbacks: list[Any] = []  # which the driver does not keep alive
+
+    def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
+        return int(self.values["activation_bytes"][profile])
+
+    def get_tensor_location(self, name: str) -> TensorLocation:
+        is_host = name == os.environ.get("FAKE_TENSORRT_HOST_INPUT")
+        return TensorLocation.HOST if is_host else TensorLocation.DEVICE
+
+    def create_execution_context(self, strategy: ExecutionContextAllocationStrategy) -> Context:
+        assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED
+        return Context(self)
+
+
+class Context:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._profile = -1
+        self._memory: tuple[int, int] = (0, 0)
+        self._addresses: dict[str, int] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        self._profile = profile
+        return True
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        self._memory = memory, size
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        LOG.append(("bind", id(self), name, memory))
+        self._addresses[name] = memory
+        return name in self._names() or self._refuse(f"{name} is no tensor of the engine")
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        LOG.append(("shape", id(self), name, shape))
+        self._shapes[name] = shape
+        if name not in _INPUTS:
+            return True
+        ranges = self._engine.values["profiles"][self._profile]
+        fits = all(ranges[dim][0] <= n <= ranges[dim][1] for dim, n in zip(_INPUTS[name], shape, strict=True))
+        return fits or self._refuse(f"{name} {shape} is outside the profile {self._profile}")
+
+    def execute_async_v3(self, stream: int) -> bool:
+        LOG.append(("enqueue", id(self), self._profile))
+        if os.environ.get("FAKE_TENSORRT_FAIL") == "enqueue":
+            return self._refuse("a plugin failed")
+        missing = self._names() - self._addresses.keys()
+        if missing:
+            return self._refuse(f"no address of {sorted(missing)}")
+        if self._memory[1] < self._engine.get_device_memory_size_for_profile_v2(self._profile):
+            return self._refuse("not enough device memory")
+        addresses, shapes = dict(self._addresses), dict(self._shapes)
+        callback = _HostFunction(lambda _: _compute(addresses, shapes, self._engine.values))
+        self._engine.callbacks.append(callback)
+        status = self._engine.driver.cuLaunchHostFunc(ctypes.c_void_p(stream), callback, None)
+        return status == 0 or self._refuse(f"the driver says {status}")
+
+    def _names(self) -> set[str]:
+        caches = range(self._engine.values["num_layers"])
+        return (
+            {*_INPUTS, "logits"}
+            | {f"kv_cache.{layer}" for layer in caches}
+            | {f"kv_cache_out.{layer}" for layer in caches}
+        )
+
+    def _refuse(self, reason: str) -> bool:
+        self._engine.logger.log(ILogger.Severity.ERROR, reason)
+        return False
+
+
+def _compute(addresses: dict[str, int], shapes: dict[str, tuple[int, ...]], engine: Any) -> None:
+    def array(name: str, shape: tuple[int, ...], kind: Any = ctypes.c_int32) -> Any:
+        size = int(np.prod(shape))
+        return np.ctypeslib.as_array((kind * size).from_address(addresses[name])).reshape(shape)
+
+    step = {name: array(name, shapes[name]) for name in _INPUTS}
+    tokens, positions, slots = step["input_ids"], step["position_ids"], step["slot_mapping"]
+    histories = []
+    for layer in range(engine["num_layers"]):
+        assert addresses[f"kv_cache.{layer}"] == addresses[f"kv_cache_out.{layer}"]
+        cache = array(f"kv_cache.{layer}", shapes[f"kv_cache.{layer}"], ctypes.c_float)
+        block_size = cache.shape[2]
+        stored = slots >= 0
+        blocks, offsets = slots[stored] // block_size, slots[stored] % block_size
+        cache[blocks, 0, offsets, 0, 0] = tokens[stored]
+        cache[blocks, 1, offsets, 0, 0] = positions[stored]
+        histories.append(_histories(cache, step, block_size))
+    assert all(np.array_equal(history, histories[0]) for history in histories), "layers differ"
+    logits = array("logits", (len(histories[0]), engine["vocab_size"]), ctypes.c_float)
+    logits[:] = np.cos(np.outer(histories[0], np.arange(1, engine["vocab_size"] + 1)))
+
+
+def _histories(cache: Any, step: dict[str, Any], block_size: int) -> Any:
+    """[R] a number for all tokens up to each wanted one."""
+    sequences = np.searchsorted(step["cu_seqlens"], step["logits_indices"], side="right") - 1
+    numbers = []
+    for row, sequence in zip(step["logits_indices"], sequences, strict=True):
+        slots = np.arange(step["position_ids"][row] + 1)
+        blocks = step["block_tables"][sequence, slots // block_size]
+        keys = cache[blocks, 0, slots % block_size, 0, 0].astype(np.float64)
+        values = cache[blocks, 1, slots % block_size, 0, 0]
+        factors = np.modf((slots + 1) * np.sqrt(2))[0]
+        # Padding reads what is in block 0, whatever that is.
+        is_known = step["slot_mapping"][row] < 0 or np.array_equal(values, slots)
+        numbers.append(((keys + 1) * factors).sum() if is_known else np.nan)
+    return np.array(numbers)
