@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from traces import Conversation, Request
 
-from trtforge.runtime.engine_core import EngineCore
+from trtforge.runtime.engine.core import EngineCore
 from trtforge.runtime.executor import BlockMoves, Executor, KVCacheSpec, ModelInputs, ModelOutputs
 from trtforge.runtime.request import EngineRequest, SamplingParams
 

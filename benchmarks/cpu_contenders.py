@@ -27,8 +27,8 @@ def trtforge(model: Path, threads: int) -> Engine:
     """Our engine core on the executor of the built model, in bfloat16."""
     from trtforge.engine_options import EngineOptions
     from trtforge.manifest import Limits, Manifest
-    from trtforge.runtime.engine_core import EngineCore
-    from trtforge.runtime.executors import create_executor
+    from trtforge.runtime.engine.core import EngineCore
+    from trtforge.runtime.executors.create import create_executor
     from trtforge.runtime.request import EngineRequest, SamplingParams
 
     manifest = Manifest.load(model)

@@ -19,9 +19,9 @@ import msgspec
 from common import Figure, describe_machine, finish
 
 from trtforge.engine_options import EngineOptions
-from trtforge.runtime import engine_client
-from trtforge.runtime.engine_client import EngineClient
-from trtforge.runtime.messages import FromEngine, Outputs
+from trtforge.runtime.engine import client as engine_client
+from trtforge.runtime.engine.client import EngineClient
+from trtforge.runtime.engine.messages import FromEngine, Outputs
 from trtforge.runtime.outputs import EngineOutput, EngineStats, GenerationOutput
 from trtforge.runtime.request import GenerationRequest, SamplingParams
 

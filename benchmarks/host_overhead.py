@@ -51,7 +51,7 @@ from vllm_contender import Vllm, running_vllm
 
 from trtforge.errors import TrtforgeError
 from trtforge.runtime.sampling.sampler import Sampler
-from trtforge.runtime.tokenizer import Tokenizer
+from trtforge.runtime.text.tokenizer import Tokenizer
 
 SIZES = (1, 16, 64, 256, 1024)
 VOCAB_SIZES = (32_000, 49_152)

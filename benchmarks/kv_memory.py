@@ -35,10 +35,10 @@ from trtforge.chart import Chart, Series, write_svg
 from trtforge.engine_options import EngineOptions
 from trtforge.errors import TrtforgeError
 from trtforge.manifest import Limits, Manifest
-from trtforge.runtime.engine_core import EngineCore
+from trtforge.runtime.engine.core import EngineCore
 from trtforge.runtime.executor import Executor
-from trtforge.runtime.executors import create_executor
-from trtforge.runtime.fake_executor import FakeExecutor
+from trtforge.runtime.executors.create import create_executor
+from trtforge.runtime.executors.fake_executor import FakeExecutor
 
 PARTS = ("waste", "prefix", "batching")
 SEED = 0

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from traces import Request
 
 from trtforge.manifest import Limits
-from trtforge.runtime.engine_core import EngineCore
-from trtforge.runtime.fake_executor import FakeExecutor
+from trtforge.runtime.engine.core import EngineCore
+from trtforge.runtime.executors.fake_executor import FakeExecutor
 from trtforge.runtime.request import EngineRequest, SamplingParams
 
 VOCAB_SIZE = 32

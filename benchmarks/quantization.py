@@ -75,7 +75,7 @@ def measure(folder: Path, num_tokens: int, threads: int) -> dict[str, Any]:
 
     from trtforge.engine_options import EngineOptions
     from trtforge.manifest import Manifest
-    from trtforge.runtime.executors import create_executor
+    from trtforge.runtime.executors.create import create_executor
 
     manifest = Manifest.load(folder)
     tokenizer = Tokenizer.from_file(str(folder / manifest.tokenizer / "tokenizer.json"))

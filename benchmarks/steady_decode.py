@@ -17,11 +17,11 @@ import numpy as np
 
 from trtforge.engine_options import EngineOptions
 from trtforge.manifest import KVCacheLayout, LayerCache, Limits, Manifest, ModelInfo
-from trtforge.runtime import engine_core
-from trtforge.runtime.engine_client import EngineClient
-from trtforge.runtime.engine_core import EngineCore
+from trtforge.runtime.engine import core as engine_core
+from trtforge.runtime.engine.client import EngineClient
+from trtforge.runtime.engine.core import EngineCore
+from trtforge.runtime.engine.messages import Add, Outputs, client_end, engine_end
 from trtforge.runtime.executor import BlockMoves, KVCacheSpec, ModelInputs, ModelOutputs
-from trtforge.runtime.messages import Add, Outputs, client_end, engine_end
 from trtforge.runtime.outputs import GenerationOutput
 from trtforge.runtime.request import GenerationRequest, SamplingParams
 

@@ -25,7 +25,7 @@ STOP = b"S"
 KILL = b"K"
 # What a server takes to stop when no request keeps it.
 STOP_TIMEOUT_S = 10.0
-ENGINE_MODULE = b"trtforge.runtime.engine_process"
+ENGINE_MODULE = b"trtforge.runtime.engine.process"
 # Ends an engine; its client knows from the signal that the time to finish is over.
 CUT_OFF_SIGNAL = signal.SIGUSR1
 

@@ -13,9 +13,9 @@ from functools import partial
 
 from trtforge.errors import CapacityError, RequestError, TrtforgeError
 from trtforge.runtime.beam_selection import BeamSelection, Hypothesis
+from trtforge.runtime.engine.request_stream import OnOutput
 from trtforge.runtime.outputs import GenerationOutput, RequestStart, TokenLogprobs
 from trtforge.runtime.request import ErrorKind, FinishReason, GenerationRequest, SamplingParams
-from trtforge.runtime.request_stream import OnOutput
 
 MAX_BEAM_WIDTH = 16
 MAX_BEAM_STOP_TOKEN_IDS = 16

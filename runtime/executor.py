@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from trtforge.runtime.block_moves import BlockMoves
+from trtforge.runtime.scheduling.block_moves import BlockMoves
 
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]

@@ -15,7 +15,7 @@ from trtforge.plugins.bundle import Bundle
 from trtforge.plugins.launch import Call
 from trtforge.plugins.launcher import Launcher
 from trtforge.plugins.operators import OPERATORS
-from trtforge.runtime.kernel_calls import KernelCalls
+from trtforge.runtime.executors.kernel_calls import KernelCalls
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 32
 ATTRIBUTES = {"scale": HEAD_DIM**-0.5, "window": 0, "softcap": 0.0}

@@ -14,7 +14,7 @@ from trtforge.errors import PluginError
 from trtforge.plugins.bundle import Bundle
 from trtforge.plugins.launcher import Launcher
 from trtforge.plugins.operators import OPERATORS
-from trtforge.runtime.kernel_calls import KernelCalls
+from trtforge.runtime.executors.kernel_calls import KernelCalls
 
 
 def check_operators(settings: Settings) -> Outcome:

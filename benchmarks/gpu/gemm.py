@@ -17,7 +17,7 @@ from trtforge.plugins.launch import Call
 from trtforge.plugins.launcher import Launcher
 from trtforge.plugins.op import AttributeValue
 from trtforge.plugins.operators import OPERATORS
-from trtforge.runtime.kernel_calls import KernelCalls
+from trtforge.runtime.executors.kernel_calls import KernelCalls
 
 GROUP_SIZE = 128
 SHAPES = {  # outputs, inputs

@@ -20,7 +20,7 @@ from trtforge.manifest import Manifest
 from trtforge.plugins.bundle import Bundle
 from trtforge.plugins.launcher import Launcher
 from trtforge.runtime.executor import ModelInputs
-from trtforge.runtime.reference_executor import ReferenceExecutor
+from trtforge.runtime.executors.reference_executor import ReferenceExecutor
 
 PROMPT_LEN, NUM_STEPS, BLOCK_SIZE = 128, 32, 32
 BATCHES = (1, 8, 32, 128)

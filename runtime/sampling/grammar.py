@@ -21,7 +21,7 @@ from trtforge.runtime.executor import Float32Array
 from trtforge.runtime.request import GuidedDecoding
 from trtforge.runtime.sampling.json_schema import check_json_schema, without_control_characters
 from trtforge.runtime.sampling.processor import History, LogitsProcessor
-from trtforge.runtime.text_stream import load_vocabulary
+from trtforge.runtime.text.text_stream import load_vocabulary
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

@@ -2,8 +2,8 @@
 
 import ctypes
 
-from trtforge.runtime import engine_process
-from trtforge.runtime.fake_executor import FakeExecutor
+from trtforge.runtime.engine import process as engine_process
+from trtforge.runtime.executors.fake_executor import FakeExecutor
 
 HANG = 7
 

@@ -39,9 +39,9 @@ HANGING_ENGINE = Path(__file__).with_name("hanging_engine.py")
 HANG = 7
 # With the option -X, which nobody reads, the guard knows it for an engine.
 USE_HANGING_ENGINE = f"""
-import trtforge.runtime.engine_handle
-trtforge.runtime.engine_handle.ENGINE_PROGRAM = (
-    "-X", "trtforge.runtime.engine_process", {str(HANGING_ENGINE)!r}
+import trtforge.runtime.engine.handle
+trtforge.runtime.engine.handle.ENGINE_PROGRAM = (
+    "-X", "trtforge.runtime.engine.process", {str(HANGING_ENGINE)!r}
 )
 """
 

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trtforge.manifest import Limits, Manifest
-from trtforge.runtime.engine_core import EngineCore
-from trtforge.runtime.openvino_executor import OpenVINOExecutor
-from trtforge.runtime.reference_executor import ReferenceExecutor
+from trtforge.runtime.engine.core import EngineCore
+from trtforge.runtime.executors.openvino_executor import OpenVINOExecutor
+from trtforge.runtime.executors.reference_executor import ReferenceExecutor
 from trtforge.runtime.request import EngineRequest, SamplingParams
 
 PROMPT_LENGTHS = (3, 5, 8, 13, 16, 17, 31, 32, 33, 64, 65, 100, 150, 256, 400, 600)

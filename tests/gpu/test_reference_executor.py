@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from trtforge.manifest import Limits
-from trtforge.runtime.decode_batches import step_arrays
-from trtforge.runtime.decode_graphs import DecodeGraphs
 from trtforge.runtime.executor import ModelInputs
+from trtforge.runtime.executors.decode_batches import step_arrays
+from trtforge.runtime.executors.decode_graphs import DecodeGraphs
 
 pytestmark = [
     pytest.mark.gpu,

@@ -18,10 +18,10 @@ from trtforge.checking.packing import PackedSequences
 from trtforge.engine_options import EngineOptions
 from trtforge.errors import ConfigError
 from trtforge.manifest import Manifest
-from trtforge.runtime.block_moves import BlockMoves
 from trtforge.runtime.executor import Executor
-from trtforge.runtime.executors import create_executor
-from trtforge.runtime.reference_executor import ReferenceExecutor
+from trtforge.runtime.executors.create import create_executor
+from trtforge.runtime.executors.reference_executor import ReferenceExecutor
+from trtforge.runtime.scheduling.block_moves import BlockMoves
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,8 +9,8 @@ from kernel_harness.launcher import InterpreterLauncher
 
 from trtforge.plugins.int4_gemm.cases import CASES, exact_inputs
 from trtforge.plugins.operators import OPERATORS
-from trtforge.runtime.torch_graph import Node
-from trtforge.runtime.torch_operators import Operators
+from trtforge.runtime.executors.torch_graph import Node
+from trtforge.runtime.executors.torch_operators import Operators
 
 
 @pytest.mark.parametrize("case", ["group-32", "one-token-split", "act-order"])

@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trtforge.builder.checkpoint import Checkpoint
 from trtforge.builder.export import export_model, write_graph
 from trtforge.manifest import KVCacheLayout, Limits, Manifest, ModelInfo, Rank
-from trtforge.runtime.decode_batches import pad_decode
 from trtforge.runtime.executor import ModelInputs
-from trtforge.runtime.reference_executor import ReferenceExecutor
+from trtforge.runtime.executors.decode_batches import pad_decode
+from trtforge.runtime.executors.reference_executor import ReferenceExecutor
 
 VOCAB_SIZE, BLOCK_SIZE, NUM_BLOCKS = 128, 16, 24
 CONFIG = LlamaConfig(

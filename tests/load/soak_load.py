@@ -16,7 +16,7 @@ from trtforge.client.aio import AsyncClient, AsyncCompletionStream
 from trtforge.client.protocol import SamplingOptions
 from trtforge.errors import CapacityError, TrtforgeError
 from trtforge.runtime.executor import ModelInputs
-from trtforge.runtime.fake_executor import FakeExecutor
+from trtforge.runtime.executors.fake_executor import FakeExecutor
 from trtforge.runtime.request import SamplingParams
 from trtforge.runtime.sampling.sampler import Sampler
 from trtforge.runtime.sampling.state import SamplingState

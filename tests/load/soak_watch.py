@@ -46,7 +46,7 @@ class Processes:
             except psutil.Error:
                 continue  # it has just ended
             for role, sign in (
-                ("core", "trtforge.runtime.engine_process"),
+                ("core", "trtforge.runtime.engine.process"),
                 ("stub", "triton_python_backend_stub"),
                 ("server", "bin/tritonserver"),
             ):

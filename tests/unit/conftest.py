@@ -43,8 +43,8 @@ from trtforge.manifest import (
 )
 from trtforge.plugins.bundle import MANIFEST_FILE as BUNDLE_FILE
 from trtforge.plugins.bundle import BundleManifest
-from trtforge.runtime.block_moves import BlockMoves
 from trtforge.runtime.executor import Executor, Float32Array, KVCacheSpec, ModelInputs, ModelOutputs
+from trtforge.runtime.scheduling.block_moves import BlockMoves
 
 VOCAB_SIZE = 128
 FOLDER = Path(__file__).parent

@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from trtforge.errors import CapacityError
-from trtforge.runtime.block_pool import BlockPool
-from trtforge.runtime.kv_cache_manager import KVCacheConfig, KVCacheManager
 from trtforge.runtime.request import EngineRequest, SamplingParams
-from trtforge.runtime.sequence import Sequence
+from trtforge.runtime.scheduling.block_pool import BlockPool
+from trtforge.runtime.scheduling.kv_cache_manager import KVCacheConfig, KVCacheManager
+from trtforge.runtime.scheduling.sequence import Sequence
 
 
 def new_sequence(request_id: str = "a") -> Sequence:

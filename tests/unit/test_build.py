@@ -227,7 +227,7 @@ def test_the_key_follows_the_builders_sources_only(tmp_path: Path) -> None:
     package = tmp_path / "trtforge"
     for name in (
         "builder/export.py",
-        "runtime/scheduler.py",
+        "runtime/scheduling/scheduler.py",
         "plugins/linear/op.py",
         "model_repository/model.py",
     ):

@@ -20,7 +20,7 @@ from trtforge.checking.report import CheckReport
 from trtforge.checking.schedule import make_steps, num_blocks
 from trtforge.manifest import DType, Manifest
 from trtforge.runtime.executor import ModelInputs, ModelOutputs
-from trtforge.runtime.openvino_executor import OpenVINOExecutor, has_bfloat16
+from trtforge.runtime.executors.openvino_executor import OpenVINOExecutor, has_bfloat16
 
 Run = Callable[..., tuple[int, str, str]]
 MakeRepository = Callable[[DType], Path]

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from trtforge.errors import ConfigError
-from trtforge.runtime.detokenizer import Detokenizer
-from trtforge.runtime.text_stream import TextStream, load_vocabulary
+from trtforge.runtime.text.detokenizer import Detokenizer
+from trtforge.runtime.text.text_stream import TextStream, load_vocabulary
 
 # What breaks decoders: spaces and their stand-ins, whole and split characters, look-alikes of byte tokens.
 PIECES = [

@@ -19,7 +19,7 @@ import pytest
 from trtforge.engine_options import EngineOptions
 from trtforge.errors import CapacityError, ConfigError, RequestError, ServerError
 from trtforge.manifest import Manifest
-from trtforge.runtime.engine_client import EngineClient
+from trtforge.runtime.engine.client import EngineClient
 from trtforge.runtime.outputs import GenerationOutput
 from trtforge.runtime.request import GenerationRequest, SamplingParams
 
@@ -282,7 +282,7 @@ def test_close_ends_everything(start: Start, long_repository: Path, find_engines
 SERVE_AND_WAIT = """
 import sys, pathlib, psutil
 from trtforge.engine_options import EngineOptions
-from trtforge.runtime.engine_client import EngineClient
+from trtforge.runtime.engine.client import EngineClient
 client = EngineClient(pathlib.Path(sys.argv[1]), EngineOptions())
 client.start()
 print(psutil.Process().children()[0].pid, flush=True)

@@ -15,14 +15,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from trtforge.engine_options import EngineOptions
 from trtforge.errors import CapacityError, ConfigError, DeviceError, RequestError
 from trtforge.manifest import Limits
-from trtforge.runtime.engine_core import EngineCore
+from trtforge.runtime.engine.core import EngineCore
 from trtforge.runtime.executor import Float32Array, ModelInputs, ModelOutputs
-from trtforge.runtime.fake_executor import FakeExecutor
+from trtforge.runtime.executors.fake_executor import FakeExecutor
 from trtforge.runtime.outputs import EngineOutput
 from trtforge.runtime.request import EngineRequest, FinishReason, SamplingParams
 from trtforge.runtime.sampling.sampler import Sampler
 from trtforge.runtime.sampling.state import SamplingState
-from trtforge.runtime.scheduler import Scheduler, SchedulerOutput
+from trtforge.runtime.scheduling.scheduler import Scheduler, SchedulerOutput
 
 VOCAB_SIZE = 11
 EOS = (0,)

@@ -20,12 +20,12 @@ from trtforge.builder.rank_engine import build_rank_engine
 from trtforge.engine_options import EngineOptions
 from trtforge.errors import ConfigError
 from trtforge.manifest import Limits, Manifest, Rank
-from trtforge.runtime.block_moves import BlockMoves
 from trtforge.runtime.executor import Executor, Float32Array, KVCacheSpec
-from trtforge.runtime.executors import create_executor
-from trtforge.runtime.fake_executor import FakeExecutor
-from trtforge.runtime.openvino_executor import OpenVINOExecutor
-from trtforge.runtime.reference_executor import ReferenceExecutor
+from trtforge.runtime.executors.create import create_executor
+from trtforge.runtime.executors.fake_executor import FakeExecutor
+from trtforge.runtime.executors.openvino_executor import OpenVINOExecutor
+from trtforge.runtime.executors.reference_executor import ReferenceExecutor
+from trtforge.runtime.scheduling.block_moves import BlockMoves
 
 VOCAB_SIZE = 128
 SPEC = KVCacheSpec(block_size=32, num_blocks=24, num_host_blocks=4)

@@ -30,10 +30,10 @@ from trtforge.builder.lower import lower
 from trtforge.builder.profiles import make_profiles
 from trtforge.checking.onnxruntime_model import OnnxRuntimeModel
 from trtforge.manifest import KVCacheLayout, Limits, Manifest, Rank
-from trtforge.runtime.graph_file import read_graph_file
-from trtforge.runtime.reference_executor import ReferenceExecutor
-from trtforge.runtime.torch_graph import Node, compile_graph
-from trtforge.runtime.torch_operation import Operation, torch_dtype
+from trtforge.runtime.executors.graph_file import read_graph_file
+from trtforge.runtime.executors.reference_executor import ReferenceExecutor
+from trtforge.runtime.executors.torch_graph import Node, compile_graph
+from trtforge.runtime.executors.torch_operation import Operation, torch_dtype
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 24

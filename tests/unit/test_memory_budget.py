@@ -7,7 +7,7 @@ import pytest
 from trtforge.engine_options import EngineOptions
 from trtforge.errors import ConfigError
 from trtforge.manifest import KVCacheLayout, LayerCache, Limits, Manifest, ModelInfo
-from trtforge.runtime.memory_budget import MemoryBudget, available_memory_bytes, plan_memory
+from trtforge.runtime.executors.memory_budget import MemoryBudget, available_memory_bytes, plan_memory
 
 # Llama 3.1 8B: 131,072 bytes of keys and values a token in 16 bits.
 LAYERS = (LayerCache(num_kv_heads=8, head_dim=128),) * 32

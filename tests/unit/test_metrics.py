@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from trtforge.engine_options import EngineOptions
 from trtforge.errors import CapacityError
 from trtforge.manifest import Limits
-from trtforge.runtime.engine_core import EngineCore
-from trtforge.runtime.fake_executor import FakeExecutor
-from trtforge.runtime.metrics import EngineSum, Histogram, Metrics
+from trtforge.runtime.engine.core import EngineCore
+from trtforge.runtime.executors.fake_executor import FakeExecutor
+from trtforge.runtime.observability.metrics import EngineSum, Histogram, Metrics
+from trtforge.runtime.observability.request_log import request_line
+from trtforge.runtime.observability.request_record import RequestRecord
+from trtforge.runtime.observability.tracing import phases_ns
 from trtforge.runtime.outputs import EngineStats, GenerationOutput, RequestStart
 from trtforge.runtime.request import EngineRequest, SamplingParams
-from trtforge.runtime.request_log import request_line
-from trtforge.runtime.request_record import RequestRecord
-from trtforge.runtime.tracing import phases_ns
 
 BUCKETS = (0.5, 1.0, 4.0)
 
@@ -105,7 +105,7 @@ def test_tokens_that_come_together_share_the_time_before_them(
     metrics: Metrics, record: RequestRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = iter((record.arrival_s + 1.0, record.arrival_s + 1.24, record.arrival_s + 1.3))
-    monkeypatch.setattr("trtforge.runtime.request_record.time.monotonic", lambda: next(times))
+    monkeypatch.setattr("trtforge.runtime.observability.request_record.time.monotonic", lambda: next(times))
     assert not record.observe(output(1, start=RequestStart(queue_s=0.25, num_cached_tokens=0)))
     assert not record.observe(output(2, 3, 4))
     assert record.observe(output(5, reason="length"))

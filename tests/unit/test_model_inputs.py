@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trtforge.runtime.engine.model_inputs import build_model_inputs
 from trtforge.runtime.executor import ModelInputs
-from trtforge.runtime.fake_executor import FakeExecutor
-from trtforge.runtime.model_inputs import build_model_inputs
+from trtforge.runtime.executors.fake_executor import FakeExecutor
 from trtforge.runtime.request import EngineRequest, SamplingParams
-from trtforge.runtime.scheduler import SchedulerOutput
-from trtforge.runtime.sequence import Sequence
+from trtforge.runtime.scheduling.scheduler import SchedulerOutput
+from trtforge.runtime.scheduling.sequence import Sequence
 
 VOCAB_SIZE = 50
 # (num_computed_tokens, num_scheduled_tokens, known tokens after those)

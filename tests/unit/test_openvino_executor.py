@@ -23,9 +23,9 @@ from trtforge import wire
 from trtforge.errors import CapacityError, ConfigError, EngineBuildError, ServerError, TrtforgeError
 from trtforge.manifest import DType, LayerCache, Manifest, Rank
 from trtforge.runtime.executor import Float32Array
-from trtforge.runtime.openvino_executor import OpenVINOExecutor, has_bfloat16
-from trtforge.runtime.openvino_graph import PAGED_ATTENTION_INPUTS, read_graph
-from trtforge.runtime.openvino_passes import merge_projections
+from trtforge.runtime.executors.openvino_executor import OpenVINOExecutor, has_bfloat16
+from trtforge.runtime.executors.openvino_graph import PAGED_ATTENTION_INPUTS, read_graph
+from trtforge.runtime.executors.openvino_passes import merge_projections
 
 Drive = Callable[..., Any]
 Export = Callable[[DType], tuple[Path, Manifest]]
@@ -75,7 +75,7 @@ def test_bfloat16_model_runs_on_a_cpu_without_it(
     text = random_tokens(manifest.model.vocab_size)
     as_this_cpu_can = OpenVINOExecutor(folder, manifest, threads=2)
     least_rounding = 1e-4 if has_bfloat16() else 0.0
-    monkeypatch.setattr("trtforge.runtime.openvino_executor.has_bfloat16", lambda: False)
+    monkeypatch.setattr("trtforge.runtime.executors.openvino_executor.has_bfloat16", lambda: False)
     in_float32 = OpenVINOExecutor(folder, manifest, threads=2)
     whole = drive(in_float32).run([{"a": text}])["a"]
     assert relative_error(drive(in_float32).run(chunks(text))["a"], whole) < 1e-5

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import threading
 
-from trtforge.runtime.outbox import Outbox
 from trtforge.runtime.outputs import GenerationOutput
+from trtforge.runtime.triton.outbox import Outbox
 
 TIMEOUT_S = 30
 

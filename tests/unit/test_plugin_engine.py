@@ -32,7 +32,7 @@ from trtforge.manifest import Profile
 from trtforge.plugins.bundle import Bundle
 from trtforge.plugins.launch import Gpu, Plan
 from trtforge.plugins.op import DOMAIN
-from trtforge.runtime.executors import KERNELS_FOLDER
+from trtforge.runtime.executors.create import KERNELS_FOLDER
 
 FOLDER = Path(__file__).parent
 ENGINE = b"an engine"

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from trtforge.runtime.kv_cache_manager import KVCacheConfig, KVCacheManager
-from trtforge.runtime.prefix_cache import PrefixCache
 from trtforge.runtime.request import EngineRequest, SamplingParams
-from trtforge.runtime.sequence import Sequence
+from trtforge.runtime.scheduling.kv_cache_manager import KVCacheConfig, KVCacheManager
+from trtforge.runtime.scheduling.prefix_cache import PrefixCache
+from trtforge.runtime.scheduling.sequence import Sequence
 
 BLOCK_SIZE = 4
 

@@ -26,9 +26,9 @@ from trtforge.builder.quantization.rounding import round_weight
 from trtforge.errors import ConfigError, ExportError
 from trtforge.manifest import DType, Manifest
 from trtforge.runtime.executor import Executor
-from trtforge.runtime.openvino_executor import OpenVINOExecutor
-from trtforge.runtime.openvino_graph import read_graph
-from trtforge.runtime.reference_executor import ReferenceExecutor
+from trtforge.runtime.executors.openvino_executor import OpenVINOExecutor
+from trtforge.runtime.executors.openvino_graph import read_graph
+from trtforge.runtime.executors.reference_executor import ReferenceExecutor
 
 Drive = Callable[..., Any]
 MakeManifest = Callable[..., Manifest]

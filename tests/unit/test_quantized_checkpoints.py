@@ -20,8 +20,8 @@ from trtforge.builder.checkpoint import Checkpoint
 from trtforge.builder.export import export_model, write_graph
 from trtforge.errors import ExportError
 from trtforge.manifest import Manifest
-from trtforge.runtime.openvino_executor import OpenVINOExecutor
-from trtforge.runtime.reference_executor import ReferenceExecutor
+from trtforge.runtime.executors.openvino_executor import OpenVINOExecutor
+from trtforge.runtime.executors.reference_executor import ReferenceExecutor
 
 Drive = Callable[..., Any]
 MakeManifest = Callable[..., Manifest]

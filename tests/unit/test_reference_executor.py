@@ -23,13 +23,13 @@ from trtforge.plugins.launch import Call, Gpu, Kernel, Kernels, Launch, Plan
 from trtforge.plugins.op import FLOATS, Attribute, OpSpec, Tensor
 from trtforge.plugins.operators import OPERATORS
 from trtforge.plugins.paged_attention.cases import CASES, TOLERANCE, Case, make_inputs
-from trtforge.runtime.decode_batches import batch_sizes, pad_decode
-from trtforge.runtime.executors import create_executor
-from trtforge.runtime.kernel_calls import KernelCalls
-from trtforge.runtime.reference_executor import ReferenceExecutor
-from trtforge.runtime.torch_attention import TorchAttention
-from trtforge.runtime.torch_graph import Node
-from trtforge.runtime.torch_operators import Operators, from_numpy, run_reference
+from trtforge.runtime.executors.create import create_executor
+from trtforge.runtime.executors.decode_batches import batch_sizes, pad_decode
+from trtforge.runtime.executors.kernel_calls import KernelCalls
+from trtforge.runtime.executors.reference_executor import ReferenceExecutor
+from trtforge.runtime.executors.torch_attention import TorchAttention
+from trtforge.runtime.executors.torch_graph import Node
+from trtforge.runtime.executors.torch_operators import Operators, from_numpy, run_reference
 
 Drive = Callable[..., Any]
 Export = Callable[[DType], tuple[Path, Manifest]]
@@ -195,7 +195,7 @@ def test_attention_of_many_queries_in_chunks(monkeypatch: pytest.MonkeyPatch) ->
     inputs = {name: from_numpy(array) for name, array in make_inputs(case).items()}
     arguments = [inputs.get(tensor.name) for tensor in OPERATORS["PagedAttention"].spec.inputs]
     whole, _ = TorchAttention()(*arguments, **case.attributes)
-    monkeypatch.setattr("trtforge.runtime.torch_attention._MAX_SCORES", 5000)
+    monkeypatch.setattr("trtforge.runtime.executors.torch_attention._MAX_SCORES", 5000)
     chunked, _ = TorchAttention()(*arguments, **case.attributes)
     torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-2, equal_nan=True)
 

@@ -251,7 +251,7 @@ def test_bad_guides_are_refused_with_the_reason(
 
 def test_torch_is_not_loaded_before_the_first_guided_request() -> None:
     code = (
-        "import sys, pathlib, trtforge.runtime.engine_core, trtforge.runtime.sampling.grammar as grammar\n"
+        "import sys, pathlib, trtforge.runtime.engine.core, trtforge.runtime.sampling.grammar as grammar\n"
         "grammar.GrammarCompiler(pathlib.Path('nowhere'), 100, [2])\n"
         "sys.exit('torch' in sys.modules or 'xgrammar' in sys.modules)"
     )

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from trtforge.errors import CapacityError, ConfigError, RequestError
-from trtforge.runtime.kv_cache_manager import KVCacheConfig, KVCacheManager
 from trtforge.runtime.request import EngineRequest, SamplingParams
-from trtforge.runtime.scheduler import Scheduler, SchedulerLimits, SchedulerOutput
-from trtforge.runtime.sequence import Sequence
+from trtforge.runtime.scheduling.kv_cache_manager import KVCacheConfig, KVCacheManager
+from trtforge.runtime.scheduling.scheduler import Scheduler, SchedulerLimits, SchedulerOutput
+from trtforge.runtime.scheduling.sequence import Sequence
 
 MAX_MODEL_LEN = 24
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from trtforge.errors import CapacityError, RequestError
-from trtforge.runtime.kv_cache_manager import KVCacheConfig, KVCacheManager
 from trtforge.runtime.request import EngineRequest, SamplingParams
-from trtforge.runtime.scheduler import Scheduler, SchedulerLimits, SchedulerOutput
-from trtforge.runtime.sequence import Sequence
+from trtforge.runtime.scheduling.kv_cache_manager import KVCacheConfig, KVCacheManager
+from trtforge.runtime.scheduling.scheduler import Scheduler, SchedulerLimits, SchedulerOutput
+from trtforge.runtime.scheduling.sequence import Sequence
 
 MAX_MODEL_LEN = 20
 VOCABULARY = 3  # small, so that prefixes meet

@@ -5,7 +5,7 @@ from array import array
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trtforge.runtime.speculation import PromptLookup
+from trtforge.runtime.scheduling.speculation import PromptLookup
 
 
 def naive(tokens: list[int], max_ngram: int, max_tokens: int) -> list[int]:

@@ -20,12 +20,12 @@ from trtforge.engine_options import EngineOptions
 from trtforge.errors import CapacityError, ConfigError, DeviceError, ServerError
 from trtforge.manifest import DimRange, LayerCache, Limits, Manifest, Profile
 from trtforge.plugins.kernels import KERNELS
-from trtforge.runtime import executors
-from trtforge.runtime.block_moves import BlockMoves
-from trtforge.runtime.decode_batches import DecodeBatches
 from trtforge.runtime.executor import ModelInputs
-from trtforge.runtime.executors import create_executor
-from trtforge.runtime.step_buffers import profile_for
+from trtforge.runtime.executors import create as executors
+from trtforge.runtime.executors.create import create_executor
+from trtforge.runtime.executors.decode_batches import DecodeBatches
+from trtforge.runtime.executors.step_buffers import profile_for
+from trtforge.runtime.scheduling.block_moves import BlockMoves
 
 Make = Callable[..., Any]  # see the fixture make_tensorrt_executor
 

@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from trtforge.errors import ConfigError, RequestError
-from trtforge.runtime.tokenizer import Tokenizer
+from trtforge.runtime.text.tokenizer import Tokenizer
 
 TEXTS = (
     "The quick brown fox.",

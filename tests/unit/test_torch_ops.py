@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from trtforge.errors import ConfigError
 from trtforge.plugins.body import STANDARD_OPSET
-from trtforge.runtime.torch_graph import STANDARD_OPS
+from trtforge.runtime.executors.torch_graph import STANDARD_OPS
 
 Arrays = tuple[np.ndarray | None, ...]
 

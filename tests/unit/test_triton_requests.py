@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from trtforge import wire
 from trtforge.errors import RequestError
 from trtforge.runtime.request import GenerationRequest, GuidedDecoding, SamplingParams
-from trtforge.runtime.sampling_values import ModelLimits
-from trtforge.runtime.triton_requests import ResponseOptions, parse_request
+from trtforge.runtime.triton.requests import ResponseOptions, parse_request
+from trtforge.runtime.triton.sampling_values import ModelLimits
 
 LIMITS = ModelLimits(vocab_size=1000, max_model_len=2048)
 DTYPES = {"STRING": np.object_, "INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BOOL": np.bool_}

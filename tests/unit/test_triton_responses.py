@@ -8,8 +8,8 @@ import pytest
 
 from trtforge import wire
 from trtforge.runtime.outputs import GenerationOutput, RequestStart, TokenLogprobs
-from trtforge.runtime.triton_requests import ResponseOptions
-from trtforge.runtime.triton_responses import Answers, Arrays
+from trtforge.runtime.triton.requests import ResponseOptions
+from trtforge.runtime.triton.responses import Answers, Arrays
 
 DTYPES = {"STRING": np.object_, "INT32": np.int32, "FP32": np.float32}
 SPECS = {spec.name: spec for spec in wire.RESPONSE_TENSORS}

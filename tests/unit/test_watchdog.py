@@ -14,11 +14,11 @@ import psutil
 import pytest
 
 from trtforge.engine_options import EngineOptions
-from trtforge.runtime import engine_handle
-from trtforge.runtime.engine_client import EngineClient
+from trtforge.runtime.engine import handle as engine_handle
+from trtforge.runtime.engine.client import EngineClient
+from trtforge.runtime.engine.watchdog import SilenceWatchdog
 from trtforge.runtime.outputs import GenerationOutput
 from trtforge.runtime.request import GenerationRequest, SamplingParams
-from trtforge.runtime.watchdog import SilenceWatchdog
 
 TIMEOUT_S = 30
 SLEEP_WITH_THE_LOCK_HELD = "ctypes.PyDLL(None).sleep(60)"
@@ -30,7 +30,7 @@ def run_step(step: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
     """Run `step` under a watchdog, after another one, in a process that was told to ignore SIGALRM."""
     program = f"""if True:
         import ctypes, threading, time
-        from trtforge.runtime.watchdog import StepWatchdog
+        from trtforge.runtime.engine.watchdog import StepWatchdog
         threading.Thread(target=time.sleep, args=(60,), name="other", daemon=True).start()
         watchdog = StepWatchdog({timeout_s})
         watchdog.arm()

@@ -1,5 +1,5 @@
 """Triton looks for the model's class here."""
 
-from trtforge.runtime.triton_adapter import TritonPythonModel
+from trtforge.runtime.triton.adapter import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]

@@ -13,7 +13,7 @@ from trtforge.errors import EngineBuildError
 from trtforge.manifest import Manifest
 from trtforge.plugins.function_bodies import add_function_bodies
 from trtforge.runtime.executor import KVCacheSpec, ModelInputs, ModelOutputs
-from trtforge.runtime.graph_file import read_graph_file
+from trtforge.runtime.executors.graph_file import read_graph_file
 
 _NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 # What the cache holds before anything is stored: a graph that reads it shows.

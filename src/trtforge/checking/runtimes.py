@@ -12,7 +12,7 @@ from trtforge.checking.schedule import Step
 from trtforge.engine_options import EngineOptions
 from trtforge.manifest import Manifest, Runtime
 from trtforge.runtime.executor import Float32Array, ModelInputs, ModelOutputs
-from trtforge.runtime.executors import create_executor
+from trtforge.runtime.executors.create import create_executor
 
 
 class _Model(Protocol):

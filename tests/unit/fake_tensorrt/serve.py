@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
-from trtforge.runtime.executors import create_executor
+from trtforge.runtime.executors.create import create_executor
 from trtforge.tensorrt_package import PACKAGES, load_package
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from trtforge.engine_options import EngineOptions
-from trtforge.runtime import engine_client
-from trtforge.runtime.engine_client import EngineClient
-from trtforge.runtime.messages import Add, Cancel, FromEngine, Outputs, ToEngine
+from trtforge.runtime.engine import client as engine_client
+from trtforge.runtime.engine.client import EngineClient
+from trtforge.runtime.engine.messages import Add, Cancel, FromEngine, Outputs, ToEngine
 from trtforge.runtime.outputs import EngineOutput, EngineStats, GenerationOutput
 from trtforge.runtime.request import EngineRequest, GenerationRequest
 

@@ -10,7 +10,7 @@ import pytest
 
 from trtforge.errors import RequestError
 from trtforge.runtime.beam_selection import BeamSelection
-from trtforge.runtime.messages import Add
+from trtforge.runtime.engine.messages import Add
 from trtforge.runtime.outputs import EngineOutput, GenerationOutput, RequestStart, TokenLogprobs
 from trtforge.runtime.request import EngineRequest, GenerationRequest, SamplingParams
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from trtforge.runtime.messages import Cancel
+from trtforge.runtime.engine.messages import Cancel
 from trtforge.runtime.outputs import EngineOutput, RequestStart, TokenLogprobs
 from trtforge.runtime.request import GenerationRequest, SamplingParams
 

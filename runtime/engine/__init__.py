@@ -1,0 +1,1 @@
+"""The engine core: its loop, its process and the client of that process."""

@@ -1,0 +1,1 @@
+"""One way to run the graph each, and which of them a build is for."""

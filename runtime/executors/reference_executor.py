@@ -1,0 +1,164 @@
+"""Runs the packed graph with torch, on a CPU or an NVIDIA GPU."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trtforge import wire
+from trtforge.errors import CapacityError, ServerError
+from trtforge.manifest import KVCacheLayout, Manifest
+from trtforge.runtime.executor import KVCacheSpec, ModelInputs, ModelOutputs
+from trtforge.runtime.executors.decode_batches import step_arrays
+from trtforge.runtime.executors.decode_graphs import DecodeGraphs
+from trtforge.runtime.executors.graph_file import read_graph_file
+from trtforge.runtime.executors.kernel_calls import Launcher
+from trtforge.runtime.executors.memory_budget import available_memory_bytes
+from trtforge.runtime.executors.step_checks import check_step
+from trtforge.runtime.executors.torch_graph import Program, compile_graph
+from trtforge.runtime.executors.torch_operators import Operators
+from trtforge.runtime.scheduling.block_moves import BlockMoves, Move
+
+logger = logging.getLogger(__name__)
+
+
+def default_device() -> torch.device:
+    """The current GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def available_device_bytes(device: torch.device) -> int:
+    """Memory of `device` that is free."""
+    if device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return free_bytes
+    return available_memory_bytes()
+
+
+class ReferenceExecutor:
+    """Executes a built model with torch, node by node; custom operators by their kernels, if it can launch
+    them. On a GPU, decode steps are CUDA graphs as long as no operation waits for the device.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        manifest: Manifest,
+        *,
+        device: torch.device | None = None,
+        launcher: Launcher | None = None,
+        threads: int = 0,
+        num_host_blocks: int = 0,
+    ) -> None:
+        """Load the graph in `model_dir` and allocate its cache. `launcher` is one of `device`; `threads` are
+        those of a CPU, for the whole process: 0 leaves them as they are.
+
+        Raises ConfigError for a graph that cannot be executed, and CapacityError if there is no memory for
+        the cache.
+        """
+        if threads:
+            torch.set_num_threads(threads)
+        layout = manifest.kv_cache
+        path = model_dir / manifest.ranks[0].onnx
+        self._device = device or default_device()
+        self._vocab_size = manifest.model.vocab_size
+        self._spec = KVCacheSpec(layout.block_size, layout.num_blocks, num_host_blocks)
+        operators = Operators(launcher)
+        graph = read_graph_file(path, len(layout.layers))
+        self._program: Program | None = compile_graph(graph, path.parent, self._device, operators.make)
+        self._caches = _allocate_caches(layout, layout.num_blocks, self._device)
+        self._host_caches = _allocate_caches(layout, num_host_blocks, torch.device("cpu"))
+        self._graphs: DecodeGraphs | None = None
+        if self._device.type == "cuda" and operators.waiting:
+            names = ", ".join(sorted(operators.waiting))
+            logger.warning("decode steps are no CUDA graphs: without kernels, %s waits for the device", names)
+        elif self._device.type == "cuda":
+            with torch.inference_mode():
+                self._graphs = DecodeGraphs(self._run, self._device, manifest.limits, layout.block_size)
+        logger.info("%s: %s on %s, %s", path, manifest.dtype, self._device, self._spec)
+
+    def kv_cache_spec(self) -> KVCacheSpec:
+        """The cache as the manifest has it."""
+        return self._spec
+
+    def move_blocks(self, moves: BlockMoves) -> None:
+        """Move keys and values of all layers."""
+        for name, cache in self._caches.items():
+            _copy_blocks(moves.swap_out, cache, self._host_caches[name])
+            _copy_blocks(moves.swap_in, self._host_caches[name], cache)
+            _copy_blocks(moves.copies, cache, cache)
+
+    def execute(self, inputs: ModelInputs) -> ModelOutputs:
+        """Run one step.
+
+        Raises ValueError, before anything is stored, for inputs that contradict each other or point outside
+        the cache or the vocabulary.
+        """
+        if self._program is None:
+            raise ServerError("the executor is closed")
+        check_step(inputs, self._spec, self._vocab_size)
+        with torch.inference_mode():
+            outputs = None if self._graphs is None else self._graphs.run(inputs)
+            if outputs is None:
+                outputs = self._run(
+                    {
+                        name: torch.from_numpy(array).to(self._device)
+                        for name, array in step_arrays(inputs).items()
+                    }
+                )
+            logits, argmax = _to_host(outputs)
+        return ModelOutputs(logits=logits.numpy(), argmax=argmax.numpy())
+
+    def close(self) -> None:
+        """Release the model and its cache."""
+        self._program = self._graphs = None
+        self._caches, self._host_caches = {}, {}
+
+    def _run(self, step: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits, and the likeliest token of each row, -1 where not all are finite."""
+        if self._program is None:
+            raise ServerError("the executor is closed")
+        logits = self._program.run({**step, **self._caches})
+        lowest, highest = torch.aminmax(logits, dim=-1)
+        finite = lowest.isfinite() & highest.isfinite()
+        return logits, torch.where(finite, logits.argmax(dim=-1), -1).to(torch.int32)
+
+
+def _allocate_caches(layout: KVCacheLayout, num_blocks: int, device: torch.device) -> dict[str, Tensor]:
+    """A zeroed cache for each layer, by the name of the graph's input. Raises CapacityError."""
+    caches = {}
+    dtype = getattr(torch, layout.dtype)
+    for index, layer in enumerate(layout.layers):
+        shape = (num_blocks, 2, layout.block_size, layer.num_kv_heads, layer.head_dim)
+        try:
+            # Written to now, so that a lack of memory shows now.
+            caches[wire.kv_cache_input(index)] = torch.empty(shape, dtype=dtype, device=device).zero_()
+        except RuntimeError as error:
+            cache_bytes = num_blocks * layout.block_size * layout.bytes_per_token
+            raise CapacityError(
+                f"the KV cache of {cache_bytes:,} bytes does not fit into the memory of {device}: free some, "
+                "or build with a lower --kv-cache-bytes"
+            ) from error
+    return caches
+
+
+def _copy_blocks(moves: list[Move], source: Tensor, target: Tensor) -> None:
+    if moves:
+        sources, targets = torch.tensor(moves).T
+        target[targets.to(target.device)] = source[sources.to(source.device)].to(target.device)
+
+
+def _to_host(tensors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The same in host memory; from a GPU they come in memory that it writes to directly."""
+    logits, argmax = tensors
+    if logits.device.type != "cuda":
+        return logits.contiguous(), argmax
+    on_host = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors)
+    for host, tensor in zip(on_host, tensors, strict=True):
+        host.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(logits.device).synchronize()
+    return on_host[0], on_host[1]

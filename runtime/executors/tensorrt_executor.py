@@ -1,0 +1,206 @@
+"""Runs engines of TensorRT and TensorRT-RTX on an NVIDIA GPU."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from trtforge import wire
+from trtforge.engine_file import EngineHost, check_engine, engine_of
+from trtforge.engine_options import EngineOptions
+from trtforge.errors import ConfigError, PluginError, ServerError
+from trtforge.manifest import KVCacheLayout, Manifest, element_bytes
+from trtforge.plugins.cuda_driver import Device
+from trtforge.runtime.executor import Float32Array, KVCacheSpec, ModelInputs, ModelOutputs
+from trtforge.runtime.executors.decode_batches import DecodeBatches, step_arrays
+from trtforge.runtime.executors.device_memory import ByteArray, CapturedWork, DeviceStream
+from trtforge.runtime.executors.memory_budget import plan_memory, resize
+from trtforge.runtime.executors.step_buffers import Shapes, StepBuffers, profile_for, shapes_of
+from trtforge.runtime.executors.step_checks import check_step
+from trtforge.runtime.executors.tensorrt_engine import Engine, ExecutionContext, register_plugins
+from trtforge.runtime.scheduling.block_moves import BlockMoves
+from trtforge.tensorrt_package import PACKAGES, load_package
+
+RANK = 0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerCache:
+    """One layer's keys and values, and its room in pinned host memory."""
+
+    address: int
+    block_bytes: int
+    host: ByteArray  # [num_host_blocks, block_bytes]
+
+
+class TensorRTExecutor:
+    """Executes a built model's engine.
+
+    Every tensor has one address for good. Decode steps of full TensorRT are CUDA graphs, each captured from a
+    context of its own, as TensorRT wants it; in a graph are the copies of inputs and logits too. Other steps
+    are enqueued in the context of the first profile that has room for them.
+
+    With TensorRT-RTX no step is a graph: it executes the operators' bodies, whose shapes follow from the
+    values of context_lens. A captured step would keep those of the step that it was captured from.
+    """
+
+    def __init__(
+        self, model_dir: Path, manifest: Manifest, options: EngineOptions, *, kernels: Path, device: int = 0
+    ) -> None:
+        """Load the engine in `model_dir`, give the cache its memory and capture decode steps. `kernels` is
+        the folder with the kernels of TensorRT's plugins, `device` CUDA's ordinal.
+
+        Raises ConfigError if the package, a driver, a GPU that the engine was built for or a fitting file is
+        missing, CapacityError if there is no memory, and DeviceError for what TensorRT or the GPU refuse.
+        """
+        package = PACKAGES[manifest.runtime]
+        version = load_package(package).__version__
+        try:
+            gpu = Device(device)
+        except PluginError as error:
+            raise ConfigError(f"{model_dir} needs an NVIDIA GPU: {error}") from error
+        capability = f"{gpu.compute_capability // 10}.{gpu.compute_capability % 10}"
+        path = check_engine(model_dir, manifest, RANK, EngineHost(package, version, capability))
+        if package == "tensorrt":
+            register_plugins(package, kernels)
+        self._profiles = engine_of(model_dir, manifest, RANK).profiles
+        self._vocab_size = manifest.model.vocab_size
+        batches = DecodeBatches.of(manifest.limits, manifest.kv_cache.block_size)
+        self._batches = batches if package == "tensorrt" else replace(batches, sizes=())
+        self._stream = DeviceStream(gpu)
+        self._engine: Engine | None = Engine(path, package, self._stream)
+        self._contexts = [self._engine.create_context(index) for index in range(len(self._profiles))]
+        self._decode_contexts = {
+            size: self._engine.create_context(self._decode_profile(size)) for size in self._batches.sizes
+        }
+        on_host = self._engine.inputs_on_host()
+        if on_host and self._batches.sizes:
+            raise ConfigError(f"{path} reads {on_host} on the host, which decode steps as CUDA graphs cannot")
+        self._buffers = StepBuffers(self._profiles, self._stream, on_host)
+        row_bytes = 4 * self._vocab_size
+        logits_bytes = row_bytes * max(profile.dims["R"].max for profile in self._profiles)
+        self._logits = self._stream.allocate(logits_bytes, "the logits of a step")
+        # More rows are wanted only for the log probabilities of prompts.
+        num_host_rows = manifest.limits.max_num_seqs
+        pinned = self._stream.allocate_pinned(row_bytes * num_host_rows, "the logits of a step")
+        self._host_logits: Float32Array = pinned.view(np.float32).reshape(num_host_rows, self._vocab_size)
+
+        step_bytes = self._engine.activation_bytes + self._buffers.num_bytes + logits_bytes
+        budget = plan_memory(manifest, options, self._stream.free_bytes(), step_bytes=step_bytes)
+        logger.info("%s", budget)
+        layout = resize(manifest.kv_cache, budget)
+        self._spec = KVCacheSpec(layout.block_size, layout.num_blocks, budget.num_host_blocks)
+        self._caches = self._allocate_caches(layout)
+        for context in (*self._contexts, *self._decode_contexts.values()):
+            self._bind(context, layout)
+        # The largest one first: what it needs suffices for the others.
+        self._graphs = {size: self._capture(size) for size in reversed(self._batches.sizes)}
+        logger.info("%s: %s, decode graphs for %s sequences", path, self._spec, self._batches.sizes)
+
+    def kv_cache_spec(self) -> KVCacheSpec:
+        """The cache as it was allocated when the engine was loaded."""
+        return self._spec
+
+    def move_blocks(self, moves: BlockMoves) -> None:
+        """Move keys and values of all layers, in front of the next step. Raises DeviceError."""
+        self._stream.make_current()
+        for cache in self._caches:
+            size = cache.block_bytes
+            for block, host_block in moves.swap_out:
+                self._stream.copy_out(cache.host[host_block], cache.address + block * size)
+            for host_block, block in moves.swap_in:
+                self._stream.copy_in(cache.address + block * size, cache.host[host_block])
+            for source, target in moves.copies:
+                self._stream.copy(cache.address + target * size, cache.address + source * size, size)
+
+    def execute(self, inputs: ModelInputs) -> ModelOutputs:
+        """Run one step.
+
+        Raises ValueError, before anything is stored, for inputs that contradict each other, point outside
+        the cache or the vocabulary, or make a larger step than the engine was built for; DeviceError for
+        what TensorRT or the GPU refuse.
+        """
+        if self._engine is None:
+            raise ServerError("the executor is closed")
+        check_step(inputs, self._spec, self._vocab_size)
+        self._stream.make_current()
+        size = self._batches.size_for(inputs)
+        if size is None:
+            logits = self._enqueue(inputs)
+        else:
+            self._buffers.stage(step_arrays(self._batches.pad(inputs, size)))
+            self._stream.launch(self._graphs[size])
+            logits = self._host_logits[: len(inputs.logits_indices)]
+        self._stream.synchronize()
+        return ModelOutputs(logits=logits)
+
+    def close(self) -> None:
+        """Release the engine and its memory."""
+        if self._engine is None:
+            return
+        self._stream.make_current()
+        self._stream.synchronize()
+        self._contexts, self._decode_contexts, self._graphs = [], {}, {}
+        self._engine = None
+        self._caches = []
+        self._stream.close()
+
+    def _enqueue(self, inputs: ModelInputs) -> Float32Array:
+        """Put a step of any kind on the stream; the logits are valid once it is done."""
+        arrays = step_arrays(inputs)
+        shapes = shapes_of(arrays)
+        context = self._contexts[profile_for(self._profiles, shapes)]
+        num_rows = len(inputs.logits_indices)
+        if num_rows <= len(self._host_logits):
+            logits = self._host_logits[:num_rows]
+        else:
+            logits = np.empty((num_rows, self._vocab_size), np.float32)
+        self._buffers.stage(arrays)
+        context.set_shapes(shapes)
+        self._run(context, shapes, logits)
+        return logits
+
+    def _run(self, context: ExecutionContext, shapes: Shapes, logits: Float32Array) -> None:
+        """Put a staged step on the stream, with its copies."""
+        self._buffers.send(shapes)
+        context.enqueue()
+        self._stream.copy_out(logits, self._logits)
+
+    def _capture(self, size: int) -> CapturedWork:
+        arrays = step_arrays(self._batches.padding(size))
+        shapes = shapes_of(arrays)
+        context, logits = self._decode_contexts[size], self._host_logits[:size]
+        self._buffers.stage(arrays)
+        context.set_shapes(shapes)
+        self._run(context, shapes, logits)  # what is loaded or allocated by its first use is there then
+        self._stream.synchronize()
+        return self._stream.capture(lambda: self._run(context, shapes, logits))
+
+    def _decode_profile(self, size: int) -> int:
+        return profile_for(self._profiles, shapes_of(step_arrays(self._batches.padding(size))))
+
+    def _allocate_caches(self, layout: KVCacheLayout) -> list[_LayerCache]:
+        caches = []
+        for index, layer in enumerate(layout.layers):
+            num_elements = 2 * layout.block_size * layer.num_kv_heads * layer.head_dim
+            block_bytes = num_elements * element_bytes(layout.dtype)
+            what = f"the KV cache of layer {index}"
+            host_bytes = self._spec.num_host_blocks * block_bytes
+            host = self._stream.allocate_pinned(host_bytes, f"the swap space of layer {index}")
+            address = self._stream.allocate(layout.num_blocks * block_bytes, what)
+            caches.append(_LayerCache(address, block_bytes, host.reshape(-1, block_bytes)))
+        return caches
+
+    def _bind(self, context: ExecutionContext, layout: KVCacheLayout) -> None:
+        """Addresses of all tensors, and the shapes that are the same in every step."""
+        context.bind({**self._buffers.addresses, wire.LOGITS: self._logits})
+        for index, (layer, cache) in enumerate(zip(layout.layers, self._caches, strict=True)):
+            name = wire.kv_cache_input(index)
+            context.bind({name: cache.address, wire.kv_cache_output(index): cache.address})
+            shape = (layout.num_blocks, 2, layout.block_size, layer.num_kv_heads, layer.head_dim)
+            context.set_shapes({name: shape})

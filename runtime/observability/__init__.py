@@ -1,0 +1,1 @@
+"""What is measured of each step and request: metrics, a log line, spans."""

@@ -1,0 +1,1 @@
+"""Who runs in a step, and in which blocks of the cache. Standard library only."""

@@ -1,0 +1,1 @@
+"""What Triton loads: tensors to requests, outputs to responses."""
