@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,17 +17,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trtforge import cli
 from trtforge.builder.checkpoint import Checkpoint
 from trtforge.builder.export import export_model, write_graph
-from trtforge.builder.profiles import make_profiles
 from trtforge.builder.repository import VERSION_FOLDER, install_triton_model
 from trtforge.checking.onnxruntime_model import OnnxRuntimeModel
 from trtforge.checking.packing import PackedSequences
-from trtforge.engine_file import sha256_of
 from trtforge.engine_options import EngineOptions
 from trtforge.integrity import file_digest
 from trtforge.manifest import (
-    KERNELS_FOLDER,
     DType,
-    EngineInfo,
     KVCacheLayout,
     LayerCache,
     Limits,
@@ -41,10 +32,7 @@ from trtforge.manifest import (
     Rank,
     Runtime,
 )
-from trtforge.plugins.bundle import MANIFEST_FILE as BUNDLE_FILE
-from trtforge.plugins.bundle import BundleManifest
-from trtforge.runtime.executor import Executor, Float32Array, KVCacheSpec, ModelInputs, ModelOutputs
-from trtforge.runtime.scheduling.block_moves import BlockMoves
+from trtforge.runtime.executor import Executor, Float32Array
 
 VOCAB_SIZE = 128
 FOLDER = Path(__file__).parent
@@ -223,121 +211,29 @@ def cuda_driver_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class FakeTensorRTExecutor:
-    """TensorRTExecutor in a process of its own, where the driver and TensorRT are fake ones."""
-
-    def __init__(
-        self, folder: Path, manifest: Manifest, options: EngineOptions, environment: Mapping[str, str]
-    ) -> None:
-        """The process gets `environment` in addition to this one's."""
-        ours, theirs = socket.socketpair()
-        self._record = folder / "calls"
-        self._record.write_text("")
-        self._process = subprocess.Popen(
-            [sys.executable, str(FOLDER / "fake_tensorrt" / "serve.py"), str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            env={**os.environ, "FAKE_CUDA_RECORD": str(self._record), **environment},
-        )
-        theirs.close()
-        self._connection = Connection(ours.detach())
-        self._connection.send((manifest, folder, options))
-        self.modules: set[str] = self._answer()  # that were imported, of some that should not be
-        self._spec: KVCacheSpec = self.ask("kv_cache_spec")
-
-    def ask(self, method: str, *arguments: Any) -> Any:
-        """What a method returns, or raises."""
-        self._connection.send((method, arguments))
-        return self._answer()
-
-    def _answer(self) -> Any:
-        result, problem = self._connection.recv()
-        if problem is not None:
-            raise problem
-        return result
-
-    def calls(self) -> list[str]:
-        """What was asked of the driver since this was asked last: function, values."""
-        calls = self._record.read_text().splitlines()
-        self._record.write_text("")
-        return calls
-
-    def kv_cache_spec(self) -> KVCacheSpec:
-        return self._spec
-
-    def move_blocks(self, moves: BlockMoves) -> None:
-        self.ask("move_blocks", moves)
-
-    def execute(self, inputs: ModelInputs) -> ModelOutputs:
-        return self.ask("execute", inputs)
-
-    def close(self) -> None:
-        self.ask("close")
-
-    def end(self) -> None:
-        """End the process."""
-        self._connection.close()
-        self._process.wait()
-
-
 @pytest.fixture(scope="session")
 def make_tensorrt_executor(
     tmp_path_factory: pytest.TempPathFactory, cuda_driver_folder: Path, make_manifest: Callable[..., Manifest]
-) -> Iterator[Callable[..., FakeTensorRTExecutor]]:
-    """`make_tensorrt_executor(runtime, limits=..., options=..., num_layers=..., content=..., **environment)`:
-    one with a fake engine of its own, for VOCAB_SIZE tokens and 24 blocks of 32. `content` is what the file
-    holds instead of that engine. The bundle of its plugins is empty, or missing."""
-    made: list[FakeTensorRTExecutor] = []
+) -> Callable[..., Executor]:
+    """`make_tensorrt_executor(runtime, limits=..., options=..., content=..., **environment)`: one in a
+    process of its own, where the driver and TensorRT are fake ones; see `fake_tensorrt/client.py`."""
+    sys.path.append(str(FOLDER))
+    from fake_tensorrt.client import FakeTensorRTExecutor, write_model
 
     def make(
         runtime: Runtime = "tensorrt-rtx",
         *,
         limits: Limits | None = None,
         options: EngineOptions | None = None,
-        num_layers: int = 2,
         content: str | None = None,
         has_kernels: bool = True,
         **environment: str,
-    ) -> FakeTensorRTExecutor:
+    ) -> Executor:
         folder = tmp_path_factory.mktemp("engine")
-        manifest = make_manifest((LayerCache(num_kv_heads=1, head_dim=1),) * num_layers)
-        limits = limits or manifest.limits
-        package = runtime.replace("-", "_")
-        profiles = make_profiles(package, limits, manifest.kv_cache)
-        engine = {
-            "vocab_size": VOCAB_SIZE,
-            "num_layers": num_layers,
-            "activation_bytes": [1000 * (index + 1) for index in range(len(profiles))],
-            "profiles": [{name: (dim.min, dim.max) for name, dim in p.dims.items()} for p in profiles],
-        }
-        path = folder / "model.engine"
-        path.write_text(json.dumps(engine) if content is None else content)
-        if has_kernels:
-            bundle = BundleManifest(compiler="none", compiler_version="0", cubins=())
-            (folder / KERNELS_FOLDER).mkdir()
-            (folder / KERNELS_FOLDER / BUNDLE_FILE).write_text(bundle.model_dump_json())
-        info = EngineInfo(
-            file=path.name,
-            size_bytes=path.stat().st_size,
-            sha256=sha256_of(path),
-            package=package,
-            version="1.2.3",
-            compute_capabilities=("8.9",),
-            profiles=profiles,
-        )
-        changes = {"runtime": runtime, "limits": limits, "ranks": (Rank(onnx="model.onnx", engine=info),)}
-        paths = [str(FOLDER / "fake_tensorrt" / "packages"), *sys.path]
-        given = {
-            "LD_LIBRARY_PATH": str(cuda_driver_folder),
-            "PYTHONPATH": os.pathsep.join(paths),
-            "FAKE_CUDA_ARCH": "89",
-        }
-        made.append(
-            FakeTensorRTExecutor(
-                folder, manifest.model_copy(update=changes), options or EngineOptions(), given | environment
-            )
-        )
-        return made[-1]
+        manifest = make_manifest((LayerCache(num_kv_heads=1, head_dim=1),) * 2)
+        manifest = manifest.model_copy(update={"runtime": runtime, "limits": limits or manifest.limits})
+        manifest = write_model(folder, manifest, content=content, has_kernels=has_kernels)
+        driver = {"LD_LIBRARY_PATH": str(cuda_driver_folder), "FAKE_CUDA_ARCH": "89"}
+        return FakeTensorRTExecutor(folder, manifest, options or EngineOptions(), driver | environment)
 
-    yield make
-    for executor in made:
-        executor.end()
+    return make

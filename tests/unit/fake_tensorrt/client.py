@@ -1,0 +1,112 @@
+"""A TensorRTExecutor for tests, in a process of its own, where the CUDA driver and TensorRT are fake ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from trtforge.builder.profiles import make_profiles
+from trtforge.engine_file import sha256_of
+from trtforge.engine_options import EngineOptions
+from trtforge.manifest import KERNELS_FOLDER, EngineInfo, Manifest, Rank
+from trtforge.plugins.bundle import MANIFEST_FILE as BUNDLE_FILE
+from trtforge.plugins.bundle import BundleManifest
+from trtforge.runtime.executor import KVCacheSpec, ModelInputs, ModelOutputs
+from trtforge.runtime.scheduling.block_moves import BlockMoves
+
+FOLDER = Path(__file__).parent
+
+
+def write_model(folder: Path, manifest: Manifest, *, content: str | None, has_kernels: bool) -> Manifest:
+    """A fake engine for sm_89 in `folder`, beside a bundle without kernels, and the manifest with it.
+
+    `content` is what the file holds instead of that engine.
+    """
+    package = manifest.runtime.replace("-", "_")
+    profiles = make_profiles(package, manifest.limits, manifest.kv_cache)
+    engine = {
+        "vocab_size": manifest.model.vocab_size,
+        "num_layers": len(manifest.kv_cache.layers),
+        "activation_bytes": [1000 * (index + 1) for index in range(len(profiles))],
+        "profiles": [{name: (dim.min, dim.max) for name, dim in p.dims.items()} for p in profiles],
+    }
+    path = folder / "model.engine"
+    path.write_text(json.dumps(engine) if content is None else content)
+    if has_kernels:
+        bundle = BundleManifest(compiler="none", compiler_version="0", cubins=())
+        (folder / KERNELS_FOLDER).mkdir()
+        (folder / KERNELS_FOLDER / BUNDLE_FILE).write_text(bundle.model_dump_json())
+    info = EngineInfo(
+        file=path.name,
+        size_bytes=path.stat().st_size,
+        sha256=sha256_of(path),
+        package=package,
+        version="1.2.3",
+        compute_capabilities=("8.9",),
+        profiles=profiles,
+    )
+    return manifest.model_copy(update={"ranks": (Rank(onnx="model.onnx", engine=info),)})
+
+
+class FakeTensorRTExecutor:
+    """Passes everything on to the process, which ends with this object."""
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, options: EngineOptions, environment: Mapping[str, str]
+    ) -> None:
+        """The process gets `environment` beside this one's. Raises what making the executor raises."""
+        ours, theirs = socket.socketpair()
+        self._connection = Connection(ours.detach())
+        self._record = folder / "calls"
+        self._record.write_text("")
+        paths = os.pathsep.join([str(FOLDER / "packages"), *sys.path])
+        given = {"PYTHONPATH": paths, "FAKE_CUDA_RECORD": str(self._record), **environment}
+        self._process = subprocess.Popen(
+            [sys.executable, str(FOLDER / "serve.py"), str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, **given},
+        )
+        theirs.close()
+        self._connection.send((manifest, folder, options))
+        self.modules: set[str] = self._answer()  # that were imported, of some that should not be
+        self._spec: KVCacheSpec = self.ask("kv_cache_spec")
+
+    def __del__(self) -> None:
+        self._connection.close()
+        self._process.wait()
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """What a method returns, or raises."""
+        self._connection.send((method, arguments))
+        return self._answer()
+
+    def _answer(self) -> Any:
+        result, problem = self._connection.recv()
+        if problem is not None:
+            raise problem
+        return result
+
+    def calls(self) -> list[str]:
+        """What was asked of the driver since this was asked last: function, values."""
+        calls = self._record.read_text().splitlines()
+        self._record.write_text("")
+        return calls
+
+    def kv_cache_spec(self) -> KVCacheSpec:
+        return self._spec
+
+    def move_blocks(self, moves: BlockMoves) -> None:
+        self.ask("move_blocks", moves)
+
+    def execute(self, inputs: ModelInputs) -> ModelOutputs:
+        return self.ask("execute", inputs)
+
+    def close(self) -> None:
+        self.ask("close")
