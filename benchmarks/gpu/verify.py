@@ -32,6 +32,7 @@ PARTS = {
     "attention": ("attention", 60),
     "gemm": ("gemm", 90),
     "model": ("model", 180),
+    "tests": ("gpu_tests", 120),
     "sanitizer": ("sanitizer", 120),
     "tensorrt": ("tensorrt_probe", 60),
 }
