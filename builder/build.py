@@ -94,7 +94,7 @@ def _open_cache(options: BuildOptions) -> EngineCache | None:
 def _calibrate(
     checkpoint: Checkpoint, quantization: Quantization, options: BuildOptions, stage: Stage
 ) -> Checkpoint:
-    """The same model with quantized weights."""
+    """The same model with quantized weights; tokenizer and configuration stay those of its own folder."""
     from trtforge.builder.quantization.awq import calibrate_awq, default_cache_folder
 
     stage.describe("run the model on texts")
@@ -105,7 +105,7 @@ def _calibrate(
         default_cache_folder(),
         stage.on_progress,
     )
-    return Checkpoint.open(str(folder))
+    return replace(Checkpoint.open(str(folder)), folder=checkpoint.folder)
 
 
 def _reuse(target: Path, key: str, options: BuildOptions) -> BuildResult | None:

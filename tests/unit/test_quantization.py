@@ -16,13 +16,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from trtforge.builder.build import build
 from trtforge.builder.checkpoint import Checkpoint
 from trtforge.builder.export import ExportedModel, export_model, write_graph
+from trtforge.builder.options import BuildOptions
 from trtforge.builder.quantization.awq import calibrate_awq
 from trtforge.builder.quantization.calibration_texts import calibration_texts
 from trtforge.builder.quantization.parts import LatestParts, Part
 from trtforge.builder.quantization.policy import Lowering, Quantization, check_exclusions, choose_lowering
 from trtforge.builder.quantization.rounding import round_weight
+from trtforge.builder.repository import VERSION_FOLDER
 from trtforge.errors import ConfigError, ExportError
 from trtforge.manifest import DType, Manifest
 from trtforge.runtime.executor import Executor
@@ -285,7 +288,7 @@ def test_calibration_texts_are_the_same_each_time_or_a_file_s_lines(tmp_path: Pa
 
 
 def test_awq_makes_a_checkpoint_once(
-    tiny_llama: Path, tiny_tokenizer: Path, tmp_path: Path, drive: Drive, make_manifest: MakeManifest
+    tiny_llama: Path, tiny_tokenizer: Path, tmp_path: Path, drive: Drive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ModelOpt's numbers go into the graph as they are, and are found again."""
     model = tmp_path / "model"
@@ -296,16 +299,15 @@ def test_awq_makes_a_checkpoint_once(
     AutoModelForCausalLM.from_config(config).save_pretrained(model)
     checkpoint = Checkpoint.open(str(model))
     texts = calibration_texts(None)
+    cache = tmp_path / "trtforge" / "awq"
     progress: list[tuple[int, int]] = []
     quantization = Quantization("int4", exclude=("model.layers.1.mlp.*",), calibration_sha256="any")
 
     def calibrate() -> Path:
-        return calibrate_awq(
-            checkpoint, quantization, texts, tmp_path / "cache", lambda *counts: progress.append(counts)
-        )
+        return calibrate_awq(checkpoint, quantization, texts, cache, lambda *counts: progress.append(counts))
 
     with pytest.raises(ConfigError, match=r"the calibration text has [0-9]+ tokens: give at least 256"):
-        calibrate_awq(checkpoint, quantization, ["short"], tmp_path / "cache", lambda *counts: None)
+        calibrate_awq(checkpoint, quantization, ["short"], cache, lambda *counts: None)
     folder = calibrate()
     assert progress[-1] == (64, 64)
     calls = len(progress)
@@ -314,10 +316,24 @@ def test_awq_makes_a_checkpoint_once(
     calibrated = Checkpoint.open(str(folder))
     assert len(calibrated.quantized) == 11
     assert {linear.group_size for linear in calibrated.quantized.values()} == {32}
-    exported = export_model(calibrated, "float32", lowering="plugin")
-    write_graph(exported, tmp_path)
-    manifest = make_manifest(exported.layers, vocab_size=512)
-    logits = logits_of(ReferenceExecutor(tmp_path, manifest, device=torch.device("cpu")), drive)
+    # The whole build finds it too, and has the tokenizer of the model itself.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    result = build(
+        BuildOptions(
+            model=str(model),
+            output=tmp_path / "repository",
+            runtime="reference",
+            int4=True,
+            calibrate="awq",
+            exclude=quantization.exclude,
+            kv_cache_bytes=2**20,
+        )
+    )
+    assert sum(choice.kind == "int4" for choice in result.report.weights) == 11
+    version = result.folder / VERSION_FOLDER
+    assert (version / result.manifest.tokenizer / "tokenizer.json").is_file()
+    executor = ReferenceExecutor(version, result.manifest, device=torch.device("cpu"))
+    logits = logits_of(executor, drive)
     hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         expected = hf(torch.tensor([TEXT])).logits[0].numpy()
