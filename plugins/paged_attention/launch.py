@@ -169,8 +169,11 @@ def _layer(call: Call, arch: int) -> _Layer:
     _check(dtype in QUERY_DTYPES, f"queries of {dtype}", f"one of {QUERY_DTYPES}")
     cache_dtypes = (dtype, *BYTE_CACHES)
     _check(cache_dtype in cache_dtypes, f"a cache of {cache_dtype}", f"for {dtype} one of {cache_dtypes}")
-    for name in ("block_tables", "cu_seqlens", "context_lens", "slot_mapping"):
-        _check(call.dtypes[name] == "int32", f"{name} of {call.dtypes[name]}", "int32")
+    others = dict.fromkeys(("block_tables", "cu_seqlens", "context_lens", "slot_mapping"), "int32")
+    others |= dict.fromkeys(("alibi_slopes", "k_scale", "v_scale"), "float32") | {"sinks": dtype}
+    for name, allowed in others.items():
+        given = call.dtypes.get(name, allowed)
+        _check(given == allowed, f"{name} of {given}", allowed)
     _check(head_dim in HEAD_DIMS, f"head_dim {head_dim}", f"one of {HEAD_DIMS}")
     _check(block_size in BLOCK_SIZES, f"block_size {block_size}", f"one of {BLOCK_SIZES}")
     _check(

@@ -164,7 +164,11 @@ def test_what_the_kernels_cannot_do(change: dict[str, object], message: str) -> 
         launch.plan(call_of(replace(Case("plain", ((1, 1),)), **change)), H100)
 
 
-def test_step_inputs_are_int32() -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype", "allowed"),
+    [("slot_mapping", "int64", "int32"), ("sinks", "float32", "bfloat16"), ("k_scale", "float16", "float32")],
+)
+def test_other_inputs_have_the_dtype_that_the_kernels_read(name: str, dtype: str, allowed: str) -> None:
     call = call_of(QUICK["mixed"])
-    with pytest.raises(PluginError, match="slot_mapping of int64; it takes int32"):
-        launch.plan(replace(call, dtypes=call.dtypes | {"slot_mapping": "int64"}), H100)
+    with pytest.raises(PluginError, match=f"{name} of {dtype}; it takes {allowed}"):
+        launch.plan(replace(call, dtypes=call.dtypes | {name: dtype}), H100)

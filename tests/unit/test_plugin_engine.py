@@ -231,7 +231,7 @@ def input_descs(trt: ModuleType, node: onnx.NodeProto, num_tokens: int) -> list[
         ((3,), "INT32"),
         ((2,), "INT32"),
         ((num_tokens,), "INT32"),
-        ((HEADS,), "FLOAT"),
+        ((HEADS,), "BF16"),
     ]
     assert len(tensors) == len(node.input)
     descs = []
