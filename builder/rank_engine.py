@@ -13,7 +13,7 @@ from trtforge.builder.engine_cache import EngineCache, EngineRecipe, write_engin
 from trtforge.builder.lower import lower
 from trtforge.builder.plugin_graph import lower_for_plugins, register_plugins
 from trtforge.builder.profiles import make_profiles
-from trtforge.engine_file import sha256_of
+from trtforge.integrity import file_digest
 from trtforge.manifest import EngineInfo, KVCacheLayout, Limits, Profile
 from trtforge.plugins.bundle import Bundle
 
@@ -76,7 +76,7 @@ def _recipe(
     files = sorted({str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)})
     return EngineRecipe(
         graph_sha256=hashlib.sha256(serialized).hexdigest(),
-        weights_sha256={file: sha256_of(graph.with_name(file)) for file in files},
+        weights_sha256={file: file_digest(graph.with_name(file)) for file in files},
         package=target.package,
         version=target.version,
         compute_capabilities=target.compute_capabilities,

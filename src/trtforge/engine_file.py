@@ -5,14 +5,12 @@ TensorRT says little about an engine that it does not take, and some of it only 
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from trtforge.errors import ConfigError
+from trtforge.integrity import file_digest
 from trtforge.manifest import EngineInfo, Manifest
-
-_CHUNK_BYTES = 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +20,6 @@ class EngineHost:
     package: str
     version: str
     compute_capability: str
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def engine_of(folder: Path, manifest: Manifest, rank: int) -> EngineInfo:
@@ -95,5 +84,5 @@ def _check_file(path: Path, engine: EngineInfo) -> None:
         raise ConfigError(
             f"the engine {path} has {size_bytes} bytes, and {engine.size_bytes} were built: {again}"
         )
-    if sha256_of(path) != engine.sha256:
+    if file_digest(path) != engine.sha256:
         raise ConfigError(f"the engine {path} is not what was built, its sha256 is another one: {again}")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from trtforge.builder.profiles import make_profiles
-from trtforge.engine_file import sha256_of
 from trtforge.engine_options import EngineOptions
+from trtforge.integrity import file_digest
 from trtforge.manifest import KERNELS_FOLDER, EngineInfo, Manifest, Rank
 from trtforge.plugins.bundle import MANIFEST_FILE as BUNDLE_FILE
 from trtforge.plugins.bundle import BundleManifest
@@ -46,7 +46,7 @@ def write_model(folder: Path, manifest: Manifest, *, content: str | None, has_ke
     info = EngineInfo(
         file=path.name,
         size_bytes=path.stat().st_size,
-        sha256=sha256_of(path),
+        sha256=file_digest(path),
         package=package,
         version="1.2.3",
         compute_capabilities=("8.9",),
