@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -81,7 +82,7 @@ class BuildOptions(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         check_model_name(self.name)
-        _check_positive(self)
+        check_positive(_counts(self))
         _refuse_unbuilt(self)
         _check_engine_options(self)
         _check_quantization(self)
@@ -93,8 +94,15 @@ class BuildOptions(BaseModel):
         return self
 
 
-def _check_positive(options: BuildOptions) -> None:
-    counts = {
+def check_positive(counts: Mapping[str, int | None]) -> None:
+    """Raise ConfigError for an option whose number is given and below one."""
+    for option, count in counts.items():
+        if count is not None and count < 1:
+            raise ConfigError(f"{option} {count} is not allowed: it has to be at least 1")
+
+
+def _counts(options: BuildOptions) -> dict[str, int | None]:
+    return {
         "--tp": options.tp,
         "--pp": options.pp,
         "--max-model-len": options.max_model_len,
@@ -104,9 +112,6 @@ def _check_positive(options: BuildOptions) -> None:
         "--kv-cache-bytes": options.kv_cache_bytes,
         "--workspace-bytes": options.workspace_bytes,
     }
-    for option, count in counts.items():
-        if count is not None and count < 1:
-            raise ConfigError(f"{option} {count} is not allowed: it has to be at least 1")
 
 
 def _check_engine_options(options: BuildOptions) -> None:

@@ -10,10 +10,11 @@ from trtforge.plugins.launch import Call
 from trtforge.plugins.op import OpSpec
 from trtforge.plugins.paged_attention.op import PAGED_ATTENTION
 
-_GROUP_SIZE = 128  # input features that share a scale of a 4-bit weight
+GROUP_SIZE = 128  # input features that share a scale of a 4-bit weight
 
 
-def _attention(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, cache: str) -> Call:
+def attention_call(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, cache: str) -> Call:
+    """Of PagedAttention with bfloat16 queries; a cache of e4m3 has scales."""
     shapes: dict[str, tuple[int, ...]] = {
         "q": (-1, num_heads, head_dim),
         "k": (-1, num_kv_heads, head_dim),
@@ -32,19 +33,21 @@ def _attention(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int
     return Call(shapes, dtypes, {"scale": head_dim**-0.5, "window": 0, "softcap": 0.0})
 
 
-def _int4(out_features: int, in_features: int) -> Call:
+def int4_call(out_features: int, in_features: int) -> Call:
+    """Of Int4Gemm with groups of GROUP_SIZE."""
     return Call(
         shapes={
             "x": (-1, in_features),
             "weight": packed_shape(out_features, in_features),
-            "scales": (in_features // _GROUP_SIZE, out_features, 2),
+            "scales": (in_features // GROUP_SIZE, out_features, 2),
         },
         dtypes={"x": "bfloat16", "weight": "int32", "scales": "bfloat16"},
         attributes={},
     )
 
 
-def _fp8(out_features: int, in_features: int, activation: str) -> Call:
+def fp8_call(out_features: int, in_features: int, activation: str) -> Call:
+    """Of Fp8Gemm with a scale for each output."""
     return Call(
         shapes={
             "x": (-1, in_features),
@@ -64,9 +67,13 @@ def _llama_8b() -> tuple[tuple[OpSpec, Call], ...]:
     weights = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
     caches = ("bfloat16", "float8_e4m3fn")
     return (
-        *((PAGED_ATTENTION, _attention(32, 8, 128, block_size=32, cache=cache)) for cache in caches),
-        *((INT4_GEMM, _int4(*weight)) for weight in weights),
-        *((FP8_GEMM, _fp8(*weight, activation)) for weight in weights for activation in ("none", "dynamic")),
+        *((PAGED_ATTENTION, attention_call(32, 8, 128, block_size=32, cache=cache)) for cache in caches),
+        *((INT4_GEMM, int4_call(*weight)) for weight in weights),
+        *(
+            (FP8_GEMM, fp8_call(*weight, activation))
+            for weight in weights
+            for activation in ("none", "dynamic")
+        ),
     )
 
 

@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from trtforge import cli
 from trtforge.builder.build import build
 from trtforge.builder.demo_model import fetch_demo_model
 from trtforge.builder.options import BuildOptions
@@ -121,6 +123,23 @@ def make_fake_repository(
 def fake_repository(make_fake_repository: Callable[..., Path]) -> Path:
     """A repository of the fake executor with room for 16 full sequences."""
     return make_fake_repository()
+
+
+@pytest.fixture
+def run_trtforge(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """`run_trtforge(*arguments)`: exit code, standard output and standard error of `trtforge`."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["trtforge", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        output = capsys.readouterr()
+        return int(ended.value.code or 0), output.out, output.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from gpu.part import Cell, Outcome, Settings, Table, run_part
 from gpu.timing import num_copies, time_each
 
 from trtforge.plugins.bundle import Bundle
-from trtforge.plugins.launch import Call
+from trtforge.plugins.examples import attention_call
 from trtforge.plugins.launcher import Launcher
 from trtforge.plugins.operators import OPERATORS
 from trtforge.runtime.executors.kernel_calls import KernelCalls
@@ -70,26 +70,16 @@ class Step:
         return self.num_seqs * 4 * HEADS * HEAD_DIM * seen
 
 
-def _call(heads: int, kv_heads: int, head_dim: int, cache_dtype: torch.dtype) -> tuple[str, Call]:
-    shapes: dict[str, tuple[int, ...]] = {
-        "q": (-1, heads, head_dim),
-        "k": (-1, kv_heads, head_dim),
-        "v": (-1, kv_heads, head_dim),
-        "kv_cache": (-1, 2, BLOCK_SIZE, kv_heads, head_dim),
-        "block_tables": (-1, -1),
-        **dict.fromkeys(("cu_seqlens", "context_lens", "slot_mapping"), (-1,)),
-    }
-    dtypes = dict.fromkeys(shapes, "int32") | dict.fromkeys(("q", "k", "v"), "bfloat16")
-    dtypes["kv_cache"] = str(cache_dtype).removeprefix("torch.")
-    if cache_dtype != torch.bfloat16:
-        shapes |= {"k_scale": (1,), "v_scale": (1,)}
-        dtypes |= {"k_scale": "float32", "v_scale": "float32"}
-    return "PagedAttention", Call(shapes, dtypes, {**ATTRIBUTES, "scale": head_dim**-0.5})
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-ATTENTION_CALLS = (
-    *(_call(HEADS, KV_HEADS, HEAD_DIM, cache_dtype) for cache_dtype in CACHE_DTYPES),
-    _call(9, 3, 64, torch.bfloat16),  # SmolLM2-135M, for the whole models
+ATTENTION_CALLS = tuple(
+    ("PagedAttention", attention_call(*heads, BLOCK_SIZE, _dtype_name(cache_dtype)))
+    for *heads, cache_dtype in (
+        *((HEADS, KV_HEADS, HEAD_DIM, cache_dtype) for cache_dtype in CACHE_DTYPES),
+        (9, 3, 64, torch.bfloat16),  # SmolLM2-135M, for the whole models
+    )
 )
 
 
@@ -126,9 +116,16 @@ def _decode_row(step: Step, node: KernelCalls, copy_bytes_per_s: float) -> tuple
     seconds = _time(step, node)
     rate = step.cache_bytes / seconds
     torch_us = 1e6 * _time_torch(step) if step.cache_dtype == torch.bfloat16 else None
-    name = str(step.cache_dtype).removeprefix("torch.")
     share = 100 * rate / copy_bytes_per_s
-    return name, step.num_seqs, step.context, 1e6 * seconds, rate / 1e9, share, torch_us
+    return (
+        _dtype_name(step.cache_dtype),
+        step.num_seqs,
+        step.context,
+        1e6 * seconds,
+        rate / 1e9,
+        share,
+        torch_us,
+    )
 
 
 def _prefill_row(step: Step, node: KernelCalls, matmul_flops: float) -> tuple[Cell, ...]:

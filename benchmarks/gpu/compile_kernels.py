@@ -10,12 +10,13 @@ import torch
 from gpu.attention import ATTENTION_CALLS
 from gpu.gemm import GEMM_CALLS
 from gpu.part import Outcome, Settings, Table, run_part
-from gpu.samples import all_samples, kernels_of
+from gpu.samples import all_samples
 
 from trtforge.errors import PluginError
 from trtforge.plugins.aot import write_bundle
 from trtforge.plugins.bundle import arch_for
 from trtforge.plugins.examples import EXAMPLES
+from trtforge.plugins.graph_calls import kernels_for
 from trtforge.plugins.launch import Call, Launch, Plan
 from trtforge.plugins.launcher import Launcher
 
@@ -24,7 +25,7 @@ def compile_kernels(settings: Settings) -> Outcome:
     """A problem for each kernel that the driver does not load."""
     major, minor = torch.cuda.get_device_capability()
     arch = arch_for(10 * major + minor)
-    kernels = kernels_of(_calls(), arch)
+    kernels = kernels_for(_calls(), arch)
     begin = time.perf_counter()
     bundle = write_bundle({arch: kernels}, settings.bundle, num_processes=os.cpu_count() or 1)
     compiled = time.perf_counter()

@@ -3,7 +3,7 @@ there are few tokens, beside torch's own products everywhere."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,14 +12,13 @@ from gpu.part import Cell, Outcome, Settings, Table, run_part
 from gpu.timing import num_copies, time_each
 
 from trtforge.plugins.bundle import Bundle
+from trtforge.plugins.examples import GROUP_SIZE, fp8_call, int4_call
 from trtforge.plugins.int4_gemm.op import packed_shape
-from trtforge.plugins.launch import Call
 from trtforge.plugins.launcher import Launcher
 from trtforge.plugins.op import AttributeValue
 from trtforge.plugins.operators import OPERATORS
 from trtforge.runtime.executors.kernel_calls import KernelCalls
 
-GROUP_SIZE = 128
 SHAPES = {  # outputs, inputs
     "8B qkv": (6144, 4096),
     "8B o": (4096, 4096),
@@ -60,20 +59,15 @@ VARIANTS = (
 )
 
 
-def _calls() -> Iterator[tuple[str, Call]]:
-    for out_features, in_features in SHAPES.values():
-        x = {"x": (-1, in_features)}
-        groups = (in_features // GROUP_SIZE, out_features, 2)
-        int4 = x | {"weight": packed_shape(out_features, in_features), "scales": groups}
-        yield "Int4Gemm", Call(int4, {"x": "bfloat16", "weight": "int32", "scales": "bfloat16"}, {})
-        fp8 = x | {"weight": (out_features, in_features), "scale": (out_features, 1)}
-        dtypes = {"x": "bfloat16", "weight": "float8_e4m3fn", "scale": "float32"}
-        for variant in VARIANTS:
-            if variant.operator == "Fp8Gemm":
-                yield "Fp8Gemm", Call(fp8, dtypes, variant.attributes)
-
-
-GEMM_CALLS = tuple(_calls())
+GEMM_CALLS = (
+    *(("Int4Gemm", int4_call(*shape)) for shape in SHAPES.values()),
+    *(
+        ("Fp8Gemm", fp8_call(*shape, str(variant.attributes["activation"])))
+        for shape in SHAPES.values()
+        for variant in VARIANTS
+        if variant.operator == "Fp8Gemm"
+    ),
+)
 
 
 def bench_gemm(settings: Settings) -> Outcome:

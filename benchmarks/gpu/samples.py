@@ -12,7 +12,7 @@ import torch
 
 from trtforge.plugins.fp8_gemm import cases as fp8_gemm
 from trtforge.plugins.int4_gemm import cases as int4_gemm
-from trtforge.plugins.launch import Call, Kernel
+from trtforge.plugins.launch import Call
 from trtforge.plugins.op import Array, AttributeValue
 from trtforge.plugins.operators import OPERATORS
 from trtforge.plugins.paged_attention import cases as paged_attention
@@ -90,16 +90,6 @@ def _fused(
         yield "Rope", name, rope.inputs(case, dtype), case.attributes
     for name, norm_case in qk_norm.CASES.items():
         yield "QkNorm", name, qk_norm.inputs(norm_case, dtype), norm_case.attributes
-
-
-def kernels_of(calls: Iterator[tuple[str, Call]], arch: int) -> list[Kernel]:
-    """All that these calls of operators, by name, may launch."""
-    chosen: set[Kernel] = set()
-    for name, call in calls:
-        kernels = OPERATORS[name].kernels
-        if kernels is not None:
-            chosen.update(kernels.choices(call, arch))
-    return sorted(chosen, key=lambda kernel: kernel.name)
 
 
 def to_device(array: Array) -> torch.Tensor:

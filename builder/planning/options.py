@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, model_validator
 from typing_extensions import Self
 
+from trtforge.builder.options import check_positive
 from trtforge.builder.planning.deployment import Deployment, WeightFormatName
 from trtforge.builder.planning.gpus import FP8_CAPABILITY, find_gpu
 from trtforge.errors import ConfigError
@@ -50,9 +51,7 @@ class PlanOptions(BaseModel):
             "--max-num-batched-tokens": self.max_num_batched_tokens,
             "--block-size": self.block_size,
         }
-        for option, count in counts.items():
-            if count is not None and count < 1:
-                raise ConfigError(f"{option} {count} is not allowed: it has to be at least 1")
+        check_positive(counts)
         fractions = {"--memory-fraction": self.memory_fraction, "--efficiency": self.efficiency}
         for option, fraction in fractions.items():
             if not 0 < fraction <= 1:

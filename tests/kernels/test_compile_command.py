@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +11,6 @@ import pytest
 from kernel_harness.scaled_add.op import OPERATOR, SCALED_ADD
 from onnx import TensorProto, helper
 
-from trtforge import cli
 from trtforge.plugins.bundle import Bundle
 from trtforge.plugins.op import DOMAIN
 from trtforge.plugins.operators import OPERATORS
@@ -20,18 +19,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`run(*arguments)`: exit code, standard output and standard error of `trtforge compile-kernels`."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["trtforge", "compile-kernels", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        output = capsys.readouterr()
-        return int(ended.value.code or 0), output.out, output.err
-
-    return run
+def run(run_trtforge: Run) -> Run:
+    """`run_trtforge` of `trtforge compile-kernels`."""
+    return functools.partial(run_trtforge, "compile-kernels")
 
 
 @pytest.fixture

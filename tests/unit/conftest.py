@@ -14,7 +14,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trtforge import cli
 from trtforge.builder.checkpoint import Checkpoint
 from trtforge.builder.export import export_model, write_graph
 from trtforge.builder.repository import VERSION_FOLDER, install_triton_model
@@ -178,23 +177,6 @@ def make_repository(
         return tmp_path / "repository"
 
     return make
-
-
-@pytest.fixture
-def run_trtforge(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """`run_trtforge(*arguments)`: exit code, standard output and standard error of `trtforge`."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["trtforge", *arguments])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        output = capsys.readouterr()
-        return int(ended.value.code or 0), output.out, output.err
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,6 @@ import pytest
 from safetensors.numpy import save_file
 from transformers import LlamaConfig, PretrainedConfig, T5Config
 
-from trtforge import cli
 from trtforge.builder.planning.gpus import GPUS
 from trtforge.builder.planning.report import PlanReport
 
@@ -31,18 +30,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`run(*arguments)`: exit code, standard output and standard error of `trtforge plan`."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["trtforge", "plan", *arguments])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        output = capsys.readouterr()
-        return int(ended.value.code or 0), output.out, output.err
-
-    return run
+def run(run_trtforge: Run) -> Run:
+    """`run_trtforge` of `trtforge plan`."""
+    return functools.partial(run_trtforge, "plan")
 
 
 def folder_of(config: PretrainedConfig, tmp_path: Path) -> str:

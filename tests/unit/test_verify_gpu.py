@@ -38,11 +38,12 @@ def test_every_operator_with_kernels_is_verified_on_every_arch(arch: int) -> Non
     program = f"""
 from gpu.attention import ATTENTION_CALLS
 from gpu.gemm import GEMM_CALLS
-from gpu.samples import all_samples, kernels_of
+from gpu.samples import all_samples
+from trtforge.plugins.graph_calls import kernels_for
 from trtforge.plugins.operators import OPERATORS
 calls = [(sample.operator, sample.call) for sample in all_samples()]
 assert {{name for name, _ in calls}} == {{name for name, op in OPERATORS.items() if op.kernels is not None}}
-print(len(kernels_of(iter([*calls, *ATTENTION_CALLS, *GEMM_CALLS]), {arch})))
+print(len(kernels_for([*calls, *ATTENTION_CALLS, *GEMM_CALLS], {arch})))
 """
     assert int(run_python(program)) > 100
 
