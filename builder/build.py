@@ -195,7 +195,13 @@ def _fill(
         digests = {name: file_digest(file) for name, file in _files(version).items()}
     with stages.stage("flush to disk"):
         area.flush()
-    manifest = _manifest(exported, plan, kv_cache, key, Rank(onnx=graph.as_posix(), engine=engine))
+    rank = Rank(
+        onnx=graph.as_posix(),
+        kv_layers=exported.layers,
+        logits_columns=(0, exported.vocab_size),
+        engine=engine,
+    )
+    manifest = _manifest(exported, plan, kv_cache, key, rank)
     report = BuildReport.of(
         manifest,
         source=source,

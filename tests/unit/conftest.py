@@ -99,7 +99,7 @@ def make_manifest() -> Callable[..., Manifest]:
                 dtype=kv_cache_dtype or dtype, block_size=block_size, num_blocks=num_blocks, layers=layers
             ),
             limits=Limits(max_model_len=512, max_num_seqs=8, max_num_batched_tokens=512),
-            ranks=(Rank(onnx="model.onnx"),),
+            ranks=(Rank(onnx="model.onnx", kv_layers=layers, logits_columns=(0, vocab_size)),),
             files={},
         )
 
@@ -167,8 +167,9 @@ def make_repository(
         (version / "rank0").mkdir(parents=True)
         for file in files.values():
             shutil.copy(graph_folder / file.name, file)
+        rank = manifest.ranks[0].model_copy(update={"onnx": "rank0/model.onnx"})
         written = {
-            "ranks": (Rank(onnx="rank0/model.onnx"),),
+            "ranks": (rank,),
             "files": {name: file.stat().st_size for name, file in files.items()},
             "sha256": {name: file_digest(file) for name, file in files.items()},
         }

@@ -19,7 +19,7 @@ from trtforge.builder.engine import choose_target
 from trtforge.builder.rank_engine import build_rank_engine
 from trtforge.engine_options import EngineOptions
 from trtforge.errors import ConfigError
-from trtforge.manifest import Limits, Manifest, Rank
+from trtforge.manifest import Limits, Manifest
 from trtforge.runtime.executor import Executor, Float32Array, KVCacheSpec
 from trtforge.runtime.executors.create import create_executor
 from trtforge.runtime.executors.fake_executor import FakeExecutor
@@ -82,8 +82,8 @@ def _tensorrt_rtx(folder: Path, manifest: Manifest) -> Callable[[], Executor]:
         pytest.skip(str(error))
     graph, layout = folder / "model.onnx", manifest.kv_cache
     engine = build_rank_engine(graph, target, LIMITS, layout, None, lambda fraction, step: None)
-    ranks = (Rank(onnx=f"{folder.name}/model.onnx", engine=engine),)
-    changes = {"runtime": "tensorrt-rtx", "limits": LIMITS, "ranks": ranks}
+    rank = manifest.ranks[0].model_copy(update={"onnx": f"{folder.name}/model.onnx", "engine": engine})
+    changes = {"runtime": "tensorrt-rtx", "limits": LIMITS, "ranks": (rank,)}
     options = EngineOptions(swap_bytes=4 * layout.block_size * layout.bytes_per_token)
     return lambda: create_executor(manifest.model_copy(update=changes), folder.parent, options)
 

@@ -29,7 +29,7 @@ from trtforge.builder.inspection.layer import find_layer
 from trtforge.builder.lower import lower
 from trtforge.builder.profiles import make_profiles
 from trtforge.checking.onnxruntime_model import OnnxRuntimeModel
-from trtforge.manifest import KVCacheLayout, Limits, Manifest, Rank
+from trtforge.manifest import KVCacheLayout, Limits, Manifest
 from trtforge.runtime.executors.graph_file import read_graph_file
 from trtforge.runtime.executors.reference_executor import ReferenceExecutor
 from trtforge.runtime.executors.torch_graph import Node, compile_graph
@@ -195,7 +195,8 @@ def check_graph(
 
     def check(file: str) -> None:
         manifest = make_manifest(family.exported.layers, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS)
-        manifest = manifest.model_copy(update={"ranks": (Rank(onnx=file),)})
+        rank = manifest.ranks[0].model_copy(update={"onnx": file})
+        manifest = manifest.model_copy(update={"ranks": (rank,)})
         blocks = np.random.default_rng(0).permutation(NUM_BLOCKS).tolist()
         driver = drive(OnnxRuntimeModel(family.folder, manifest), blocks)
         logits: dict[str, list[np.ndarray]] = {name: [] for name in family.expected}

@@ -17,6 +17,7 @@ from trtforge.manifest import KVCacheLayout, LayerCache, Limits, Manifest, Model
 @pytest.fixture
 def report() -> BuildReport:
     """SmolLM2-135M with 1 GiB of KV cache."""
+    layers = (LayerCache(num_kv_heads=3, head_dim=64),) * 30
     manifest = Manifest(
         trtforge_version="0.0.0",
         build_key="key",
@@ -33,10 +34,10 @@ def report() -> BuildReport:
             dtype="bfloat16",
             block_size=32,
             num_blocks=1456,
-            layers=(LayerCache(num_kv_heads=3, head_dim=64),) * 30,
+            layers=layers,
         ),
         limits=Limits(max_model_len=2040, max_num_seqs=256, max_num_batched_tokens=2048),
-        ranks=(Rank(onnx="rank0/model.onnx"),),
+        ranks=(Rank(onnx="rank0/model.onnx", kv_layers=layers, logits_columns=(0, 49152)),),
         files={},
     )
     stages = [

@@ -15,7 +15,7 @@ from typing import Any
 from trtforge.builder.profiles import make_profiles
 from trtforge.engine_options import EngineOptions
 from trtforge.integrity import file_digest
-from trtforge.manifest import KERNELS_FOLDER, EngineInfo, Manifest, Rank
+from trtforge.manifest import KERNELS_FOLDER, EngineInfo, Manifest
 from trtforge.plugins.bundle import MANIFEST_FILE as BUNDLE_FILE
 from trtforge.plugins.bundle import BundleManifest
 from trtforge.runtime.executor import KVCacheSpec, ModelInputs, ModelOutputs
@@ -52,7 +52,8 @@ def write_model(folder: Path, manifest: Manifest, *, content: str | None, has_ke
         compute_capabilities=("8.9",),
         profiles=profiles,
     )
-    return manifest.model_copy(update={"ranks": (Rank(onnx="model.onnx", engine=info),)})
+    rank = manifest.ranks[0].model_copy(update={"engine": info})
+    return manifest.model_copy(update={"ranks": (rank,)})
 
 
 class FakeTensorRTExecutor:
