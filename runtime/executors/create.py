@@ -10,7 +10,13 @@ from trtforge.engine_options import EngineOptions
 from trtforge.errors import ConfigError
 from trtforge.manifest import KERNELS_FOLDER, Manifest
 from trtforge.runtime.executor import Executor
-from trtforge.runtime.executors.memory_budget import available_memory_bytes, plan_memory, resize
+from trtforge.runtime.executors.memory_budget import (
+    MemoryBudget,
+    available_memory_bytes,
+    plan_memory,
+    resize,
+)
+from trtforge.runtime.parallel.rank_view import RankContext, share_host_memory
 from trtforge.tensorrt_package import PACKAGES
 
 logger = logging.getLogger(__name__)
@@ -20,20 +26,34 @@ def create_executor(manifest: Manifest, model_dir: Path, options: EngineOptions)
     """The executor for `manifest.runtime`, with the model in `model_dir` loaded.
 
     Raises ConfigError for a runtime that this version or this machine cannot execute, and for a cache that
-    cannot be had. A runtime's own packages are imported only if it is the one.
+    cannot be had. A runtime's own packages are imported only if it is the one. A model on several ranks has
+    processes of its own, which end with the thread that calls this.
     """
+    if len(manifest.ranks) > 1:
+        from trtforge.runtime.parallel.parallel_executor import ParallelExecutor
+
+        return ParallelExecutor(model_dir, manifest, options)
+    return create_rank_executor(manifest, model_dir, options)
+
+
+def create_rank_executor(
+    manifest: Manifest, model_dir: Path, options: EngineOptions, context: RankContext | None = None
+) -> Executor:
+    """The executor of a model's only rank, or of one of several: `manifest` is its own then."""
     if manifest.runtime == "reference":
-        return _create_reference_executor(manifest, model_dir, options)
+        return _create_reference_executor(manifest, model_dir, options, context)
     if manifest.runtime in PACKAGES:
-        return _create_tensorrt_executor(manifest, model_dir, options)
-    budget = plan_memory(manifest, options, available_memory_bytes())
-    logger.info("%s", budget)
+        return _create_tensorrt_executor(manifest, model_dir, options, context)
+    budget = _plan(manifest, options, available_memory_bytes(), context)
     if manifest.runtime == "openvino":
         from trtforge.runtime.executors.openvino_executor import OpenVINOExecutor
 
-        manifest = manifest.model_copy(update={"kv_cache": resize(manifest.kv_cache, budget)})
         return OpenVINOExecutor(
-            model_dir, manifest, threads=options.threads, num_host_blocks=budget.num_host_blocks
+            model_dir,
+            manifest.model_copy(update={"kv_cache": resize(manifest.kv_cache, budget)}),
+            threads=options.threads,
+            num_host_blocks=budget.num_host_blocks,
+            communicator=context.communicator if context else None,
         )
     if manifest.runtime == "fake":
         from trtforge.runtime.executors.fake_executor import FakeExecutor
@@ -44,11 +64,33 @@ def create_executor(manifest: Manifest, model_dir: Path, options: EngineOptions)
             budget.block_size,
             num_host_blocks=budget.num_host_blocks,
             window=manifest.kv_cache.window,
+            columns=manifest.ranks[0].logits_columns if context else None,
         )
     raise ConfigError(f"{model_dir} was built for the runtime {manifest.runtime!r}, which nothing executes")
 
 
-def _create_tensorrt_executor(manifest: Manifest, model_dir: Path, options: EngineOptions) -> Executor:
+def _plan(
+    manifest: Manifest,
+    options: EngineOptions,
+    available_bytes: int,
+    context: RankContext | None,
+    *,
+    cache_on_host: bool = True,
+) -> MemoryBudget:
+    """The cache of this rank, which is that of all ranks."""
+    if context is not None:
+        num_ranks = context.communicator.shape.num_ranks
+        options = share_host_memory(options, num_ranks, cache_on_host=cache_on_host)
+    budget = plan_memory(manifest, options, available_bytes)
+    if context is not None:
+        budget = context.agree(budget)
+    logger.info("%s", budget)
+    return budget
+
+
+def _create_tensorrt_executor(
+    manifest: Manifest, model_dir: Path, options: EngineOptions, context: RankContext | None
+) -> Executor:
     if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
         raise ConfigError(
             f"{model_dir} was built for {manifest.runtime}, and serving an engine needs the package "
@@ -59,23 +101,30 @@ def _create_tensorrt_executor(manifest: Manifest, model_dir: Path, options: Engi
     return TensorRTExecutor(model_dir, manifest, options, kernels=model_dir / KERNELS_FOLDER)
 
 
-def _create_reference_executor(manifest: Manifest, model_dir: Path, options: EngineOptions) -> Executor:
+def _create_reference_executor(
+    manifest: Manifest, model_dir: Path, options: EngineOptions, context: RankContext | None
+) -> Executor:
     """On the GPU, if there is one, with the kernels that are in the model's folder."""
     from trtforge.runtime.executors.reference_executor import (
+        RankLinks,
         ReferenceExecutor,
         available_device_bytes,
         default_device,
     )
 
-    device = default_device()
+    communicator = context.communicator if context else None
+    place = (communicator.rank, communicator.shape.num_ranks) if communicator else (0, 1)
+    device = default_device(*place)
     launcher = None
     if device.type == "cuda" and (model_dir / KERNELS_FOLDER).is_dir():
         from trtforge.plugins.bundle import Bundle
         from trtforge.plugins.launcher import Launcher
 
         launcher = Launcher(Bundle.load(model_dir / KERNELS_FOLDER))
-    budget = plan_memory(manifest, options, available_device_bytes(device))
-    logger.info("%s", budget)
+    budget = _plan(
+        manifest, options, available_device_bytes(device), context, cache_on_host=device.type == "cpu"
+    )
+    links = RankLinks.of(communicator, device, options.step_timeout_s) if communicator else None
     return ReferenceExecutor(
         model_dir,
         manifest.model_copy(update={"kv_cache": resize(manifest.kv_cache, budget)}),
@@ -83,4 +132,5 @@ def _create_reference_executor(manifest: Manifest, model_dir: Path, options: Eng
         launcher=launcher,
         threads=options.threads,
         num_host_blocks=budget.num_host_blocks,
+        rank_links=links,
     )
