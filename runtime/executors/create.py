@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 from trtforge.engine_options import EngineOptions
-from trtforge.errors import ConfigError
+from trtforge.errors import ConfigError, TrtforgeError
 from trtforge.manifest import KERNELS_FOLDER, Manifest
 from trtforge.runtime.executor import Executor
 from trtforge.runtime.executors.memory_budget import (
@@ -22,8 +23,14 @@ from trtforge.tensorrt_package import PACKAGES
 logger = logging.getLogger(__name__)
 
 
-def create_executor(manifest: Manifest, model_dir: Path, options: EngineOptions) -> Executor:
-    """The executor for `manifest.runtime`, with the model in `model_dir` loaded.
+def create_executor(
+    manifest: Manifest,
+    model_dir: Path,
+    options: EngineOptions,
+    on_failure: Callable[[TrtforgeError], None] | None = None,
+) -> Executor:
+    """The executor for `manifest.runtime`, with the model in `model_dir` loaded. If it fails while nobody has
+    called it, `on_failure` is called in another thread.
 
     Raises ConfigError for a runtime that this version or this machine cannot execute, and for a cache that
     cannot be had. A runtime's own packages are imported only if it is the one. A model on several ranks has
@@ -32,7 +39,7 @@ def create_executor(manifest: Manifest, model_dir: Path, options: EngineOptions)
     if len(manifest.ranks) > 1:
         from trtforge.runtime.parallel.parallel_executor import ParallelExecutor
 
-        return ParallelExecutor(model_dir, manifest, options)
+        return ParallelExecutor(model_dir, manifest, options, on_failure)
     return create_rank_executor(manifest, model_dir, options)
 
 

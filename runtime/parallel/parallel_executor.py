@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from trtforge.engine_options import EngineOptions
-from trtforge.errors import DeviceError, ServerError
+from trtforge.errors import DeviceError, ServerError, TrtforgeError
 from trtforge.manifest import Manifest
 from trtforge.runtime.executor import KVCacheSpec, ModelInputs, ModelOutputs
 from trtforge.runtime.executors.step_checks import check_step
@@ -30,8 +31,15 @@ class ParallelExecutor:
     end with the thread that makes the executor.
     """
 
-    def __init__(self, model_dir: Path, manifest: Manifest, options: EngineOptions) -> None:
-        """Start the ranks, which load their parts of the model in `model_dir`.
+    def __init__(
+        self,
+        model_dir: Path,
+        manifest: Manifest,
+        options: EngineOptions,
+        on_failure: Callable[[TrtforgeError], None] | None = None,
+    ) -> None:
+        """Start the ranks, which load their parts of the model in `model_dir`. Once they are loaded,
+        `on_failure` is called, in another thread, if one of them dies; the next step fails in any case.
 
         Raises what a rank raises, with its number: ConfigError for what cannot work, CapacityError for a lack
         of memory, DeviceError for the rest.
@@ -50,6 +58,8 @@ class ParallelExecutor:
         agreed = _agree(planned)
         self._ranks.ask(agreed)
         self._spec = KVCacheSpec(manifest.kv_cache.block_size, agreed.num_blocks, agreed.num_host_blocks)
+        if on_failure is not None:
+            self._ranks.watch(on_failure)
         logger.info(
             "%d tensor-parallel ranks in each of %d pipeline stages, processes %s: %s",
             manifest.tp_size,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import select
 import selectors
 import subprocess
+import threading
 import time
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from trtforge.errors import CapacityError, ConfigError, DeviceError, TrtforgeError
 from trtforge.runtime.parallel.messages import Close, Failed, FailureKind, FromRank, ToRank
@@ -79,6 +81,20 @@ class RankGroup:
             if ended:
                 raise self._end_of(ended)
         return [answers[rank] for rank in range(len(self._handles))]
+
+    def watch(self, on_death: Callable[[TrtforgeError], None]) -> None:
+        """Call `on_death`, once and in another thread, when a rank ends before the group is closed."""
+        poll = select.poll()
+        handles = {handle.connection.fileno(): handle for handle in self._handles}
+        for fd in handles:
+            poll.register(fd, select.POLLRDHUP)
+
+        def wait() -> None:
+            handle = handles[poll.poll()[0][0]]
+            if not self._failure:
+                on_death(DeviceError(f"rank {handle.rank} died ({handle.ending()})"))
+
+        threading.Thread(target=wait, name="rank-watch", daemon=True).start()
 
     def close(self) -> None:
         """End all ranks, in order if they still work; idempotent."""

@@ -274,11 +274,11 @@ def test_processes_have_the_same_bits(start_ranks: Callable[..., list[subprocess
 def test_a_killed_and_a_stopped_peer_end_the_wait(
     start_ranks: Callable[..., list[subprocess.Popen[str]]], number: signal.Signals
 ) -> None:
-    ranks = start_ranks(2, timeout_s=5)
+    ranks = start_ranks(2, timeout_s=3)
     for process in ranks:
         assert process.stdout is not None
         assert len(process.stdout.readline()) == 65
     ranks[1].send_signal(number)
     _, errors = ranks[0].communicate("\n", timeout=TIMEOUT_S)
     assert ranks[0].returncode == 1
-    assert "PeerTimeoutError: rank 1 did not come within 5 s" in errors
+    assert "PeerTimeoutError: rank 1 did not come within 3 s" in errors
