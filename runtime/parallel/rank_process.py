@@ -189,7 +189,11 @@ class RankWorker:
         logits = self._steps.logits(sizes.R)[:, self._columns]
         for part in split_step(self._steps.read(sizes), self._num_parts):
             outputs = self._executor.execute(part.inputs)
-            if logits.shape[1] and part.num_wanted:
+            if not logits.shape[1] or not part.num_wanted:
+                continue
+            if part.num_wanted == len(logits):
+                logits[:] = outputs.logits
+            else:
                 logits[part.is_wanted] = outputs.logits
 
 
