@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,16 +10,9 @@ from trtforge.engine_options import EngineOptions
 from trtforge.errors import ConfigError, TrtforgeError
 from trtforge.manifest import KERNELS_FOLDER, Manifest
 from trtforge.runtime.executor import Executor
-from trtforge.runtime.executors.memory_budget import (
-    MemoryBudget,
-    available_memory_bytes,
-    plan_memory,
-    resize,
-)
-from trtforge.runtime.parallel.rank_view import RankContext, share_host_memory
+from trtforge.runtime.executors.memory_budget import available_memory_bytes, resize
+from trtforge.runtime.parallel.rank_view import RankContext, plan_rank_memory
 from trtforge.tensorrt_package import PACKAGES
-
-logger = logging.getLogger(__name__)
 
 
 def create_executor(
@@ -51,7 +43,7 @@ def create_rank_executor(
         return _create_reference_executor(manifest, model_dir, options, context)
     if manifest.runtime in PACKAGES:
         return _create_tensorrt_executor(manifest, model_dir, options, context)
-    budget = _plan(manifest, options, available_memory_bytes(), context)
+    budget = plan_rank_memory(manifest, options, available_memory_bytes(), context)
     if manifest.runtime == "openvino":
         from trtforge.runtime.executors.openvino_executor import OpenVINOExecutor
 
@@ -76,25 +68,6 @@ def create_rank_executor(
     raise ConfigError(f"{model_dir} was built for the runtime {manifest.runtime!r}, which nothing executes")
 
 
-def _plan(
-    manifest: Manifest,
-    options: EngineOptions,
-    available_bytes: int,
-    context: RankContext | None,
-    *,
-    cache_on_host: bool = True,
-) -> MemoryBudget:
-    """The cache of this rank, which is that of all ranks."""
-    if context is not None:
-        num_ranks = context.communicator.shape.num_ranks
-        options = share_host_memory(options, num_ranks, cache_on_host=cache_on_host)
-    budget = plan_memory(manifest, options, available_bytes)
-    if context is not None:
-        budget = context.agree(budget)
-    logger.info("%s", budget)
-    return budget
-
-
 def _create_tensorrt_executor(
     manifest: Manifest, model_dir: Path, options: EngineOptions, context: RankContext | None
 ) -> Executor:
@@ -105,7 +78,7 @@ def _create_tensorrt_executor(
         )
     from trtforge.runtime.executors.tensorrt_executor import TensorRTExecutor
 
-    return TensorRTExecutor(model_dir, manifest, options, kernels=model_dir / KERNELS_FOLDER)
+    return TensorRTExecutor(model_dir, manifest, options, kernels=model_dir / KERNELS_FOLDER, context=context)
 
 
 def _create_reference_executor(
@@ -128,7 +101,7 @@ def _create_reference_executor(
         from trtforge.plugins.launcher import Launcher
 
         launcher = Launcher(Bundle.load(model_dir / KERNELS_FOLDER))
-    budget = _plan(
+    budget = plan_rank_memory(
         manifest, options, available_device_bytes(device), context, cache_on_host=device.type == "cpu"
     )
     links = RankLinks.of(communicator, device, options.step_timeout_s) if communicator else None

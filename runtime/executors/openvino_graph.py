@@ -30,6 +30,7 @@ from trtforge.runtime.executors.openvino_weights import dequantization_converter
 BLOCK_SIZE = 32  # tokens; fixed in the CPU plugin
 
 _DOMAIN = "trtforge"
+_ALONE = ("Linear", "PagedAttention")  # the domain's operators that are known without other ranks
 _INPUTS = tuple(tensor.name for tensor in PAGED_ATTENTION.inputs)
 
 # Inputs of the operator, in the order of the OpenVINO release that pyproject.toml pins.
@@ -124,7 +125,7 @@ def read_graph(
     Raises ConfigError if there is no graph or OpenVINO's operators cannot express it, and EngineBuildError
     if OpenVINO does not read it.
     """
-    graph = _check_graph(path, len(layers), has_sums=sums is not None)
+    graph = _check_graph(path, len(layers), _ALONE if sums is None else (*_ALONE, "AllReduce"))
     types = {value.name: value.type.tensor_type.elem_type for value in graph.input}
     is_bfloat16 = types[wire.kv_cache_input(0)] == onnx.TensorProto.BFLOAT16
     core = ov.Core()
@@ -147,10 +148,9 @@ def read_graph(
     return model
 
 
-def _check_graph(path: Path, num_layers: int, *, has_sums: bool) -> onnx.GraphProto:
+def _check_graph(path: Path, num_layers: int, known: tuple[str, ...]) -> onnx.GraphProto:
     """The graph, without what would fail somewhere inside OpenVINO: that is refused by name."""
     graph = read_graph_file(path, num_layers)
-    known = ("Linear", "PagedAttention", "AllReduce") if has_sums else ("Linear", "PagedAttention")
     for node in graph.node:
         if node.domain == _DOMAIN and node.op_type not in known:
             raise ConfigError(

@@ -77,7 +77,8 @@ class DeviceLinks:
         store = None
         if rank == 0:
             store = TCPStore(_LOCALHOST, 0, shape.num_ranks, True, timeout, False)
-        port = int(communicator.tell(b"" if store is None else str(store.port).encode(), 8))
+        port = 0 if store is None else store.port
+        port = int.from_bytes(communicator.tell(port.to_bytes(2, "big")), "big")
         if store is None:
             store = TCPStore(_LOCALHOST, port, shape.num_ranks, False, timeout)
         distributed.init_process_group(

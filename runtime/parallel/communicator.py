@@ -110,19 +110,25 @@ class Communicator:
         for rank in range(self._shape.num_ranks):
             self._signals.wait_for(rank, Counter.ARRIVED, self._num_arrived)
 
-    def tell(self, data: bytes, max_bytes: int) -> bytes:
-        """The `data` of the first rank, in all ranks; what the others give is not looked at. It neither ends
-        with a zero nor is longer than `max_bytes`."""
-        values = np.zeros(max_bytes, np.float32)
-        if self._rank == 0:
-            values[: len(data)] = np.frombuffer(data, np.uint8)
-        if self.is_first:
-            self.all_reduce(values, values)  # exact: all others have zeros
-        else:
+    def tell_stage(self, data: bytes) -> bytes:
+        """The `data` of a stage's first rank, in all its ranks; what the others give is of the same length,
+        and not looked at."""
+        values = np.frombuffer(data, np.uint8).astype(np.float32)
+        if self._rank != self._peers.start:
+            values[:] = 0
+        self.all_reduce(values, values)  # exact: all others have zeros
+        return values.astype(np.uint8).tobytes()
+
+    def tell(self, data: bytes) -> bytes:
+        """The `data` of the first rank, in all ranks of all stages; the others' is as in `tell_stage`."""
+        told = self.tell_stage(data)
+        if not self.is_first:
+            values = np.empty(len(data), np.uint8)
             self.receive(values)
+            told = values.tobytes()
         if not self.is_last:
-            self.send(values)
-        return values.astype(np.uint8).tobytes().rstrip(b"\0")
+            self.send(np.frombuffer(told, np.uint8))
+        return told
 
     # ------------------------------------------------------------------ within a stage
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ from pathlib import PurePosixPath
 
 from trtforge.engine_options import EngineOptions
 from trtforge.manifest import Manifest
-from trtforge.runtime.executors.memory_budget import MemoryBudget
+from trtforge.runtime.executors.memory_budget import MemoryBudget, plan_memory
 from trtforge.runtime.parallel.communicator import Communicator
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ def share_threads(options: EngineOptions, num_ranks: int) -> EngineOptions:
     return options.model_copy(update={"threads": threads})
 
 
-def share_host_memory(options: EngineOptions, num_ranks: int, *, cache_on_host: bool) -> EngineOptions:
+def _share_host_memory(options: EngineOptions, num_ranks: int, *, cache_on_host: bool) -> EngineOptions:
     """The options of one of `num_ranks` ranks on one machine: each takes its part of what all may take.
 
     On GPUs, `cache_on_host` False, each rank has memory of its own for its cache.
@@ -49,3 +52,23 @@ def share_host_memory(options: EngineOptions, num_ranks: int, *, cache_on_host: 
         changes["kv_cache_bytes"] = options.kv_cache_bytes // num_ranks
         changes["kv_cache_fraction"] = options.kv_cache_fraction / num_ranks
     return options.model_copy(update=changes)
+
+
+def plan_rank_memory(
+    manifest: Manifest,
+    options: EngineOptions,
+    available_bytes: int,
+    context: RankContext | None,
+    *,
+    cache_on_host: bool = True,
+    step_bytes: int = 0,
+) -> MemoryBudget:
+    """The cache of a model's only rank, or what all ranks have room for. Raises ConfigError for none."""
+    if context is not None:
+        num_ranks = context.communicator.shape.num_ranks
+        options = _share_host_memory(options, num_ranks, cache_on_host=cache_on_host)
+    budget = plan_memory(manifest, options, available_bytes, step_bytes=step_bytes)
+    if context is not None:
+        budget = context.agree(budget)
+    logger.info("%s", budget)
+    return budget

@@ -23,7 +23,7 @@ BLOCK_SIZE, NUM_BLOCKS, VOCAB_SIZE = 4, 64, 50
 def test_parts_compute_what_the_whole_computes(
     lengths: list[tuple[int, int]], max_parts: int, min_tokens: int, data: st.DataObject
 ) -> None:
-    """Whatever is cached before, and whichever rows of logits are wanted, in any order, some of them twice."""
+    """Whatever is cached before, and whichever rows of logits are wanted, in any order, some even twice."""
     num_tokens = sum(new for _, new in lengths)
     wanted = data.draw(st.lists(st.integers(0, num_tokens - 1), min_size=1, max_size=10))
     executors = [FakeExecutor(VOCAB_SIZE, NUM_BLOCKS, BLOCK_SIZE) for _ in range(2)]
