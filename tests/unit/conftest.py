@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -192,6 +193,15 @@ def cuda_driver_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [compiler, "-shared", "-fPIC", "-o", str(folder / "libcuda.so.1"), str(source)], check=True
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_threaded_ranks() -> Callable[..., Any]:
+    """`make_threaded_ranks(exported, tp, folder, block_size, num_blocks)`: see `threaded_ranks/model.py`."""
+    sys.path.append(str(FOLDER))
+    from threaded_ranks.model import ThreadedRanks
+
+    return ThreadedRanks
 
 
 @pytest.fixture(scope="session")
