@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,12 +28,19 @@ from trtforge.builder.tokenizer import write_tokenizer
 from trtforge.builder.verify import verify_graph
 from trtforge.errors import CapacityError, ConfigError, EngineBuildError
 from trtforge.integrity import file_digest
-from trtforge.manifest import KERNELS_FOLDER, KVCacheLayout, Manifest, ModelInfo, Rank, element_bytes
+from trtforge.manifest import (
+    KERNELS_FOLDER,
+    EngineInfo,
+    KVCacheLayout,
+    Manifest,
+    ModelInfo,
+    Rank,
+    element_bytes,
+)
 
 if TYPE_CHECKING:
     from trtforge.builder.export import ExportedModel
 
-RANK_FOLDER = "rank0"
 TOKENIZER_FOLDER = "tokenizer"
 # Room for all that is not weights: graph, tokenizer, reports.
 _OTHER_BYTES = 64 * 2**20
@@ -155,59 +163,75 @@ def _fill(
         write_tokenizer(checkpoint.folder, version / TOKENIZER_FOLDER)
     with stages.stage("export graph") as stage:
         # Its imports take seconds, which a cache hit does without.
-        from trtforge.builder.export import ONNX_FILE, export_model, write_graph
+        from trtforge.builder.export import ONNX_FILE, export_ranks, write_graph
 
-        exported = export_model(
+        exported = export_ranks(
             checkpoint,
             plan.dtype,
+            plan.parallelism,
             quantization=plan.quantization,
             lowering=plan.lowering,
             on_stage=stage.describe,
         )
         kv_cache = plan_kv_cache(plan, exported.layers)
+    graphs = [version / f"rank{rank}" / ONNX_FILE for rank in range(len(exported.ranks))]
     with stages.stage("write graph and weights") as stage:
-        write_graph(exported, version / RANK_FOLDER, on_bytes=stage.on_progress)
-    graph = Path(RANK_FOLDER, ONNX_FILE)
+        for rank, graph in zip(exported.ranks, graphs, strict=True):
+            write_graph(rank, graph.parent, on_bytes=stage.on_progress)
     with stages.stage("check graph"):
-        verify_graph(version / graph, len(exported.layers))
+        for number, (rank, graph) in enumerate(zip(exported.ranks, graphs, strict=True)):
+            pp_rank = number // plan.parallelism.tp
+            is_last = pp_rank == plan.parallelism.pp - 1
+            verify_graph(graph, len(rank.layers), is_first=pp_rank == 0, is_last=is_last)
     kernels = None
     if plan.runtime == "tensorrt" and plan.target is not None:
         with stages.stage("compile kernels") as stage:
             from trtforge.builder.plugin_graph import compile_kernels
 
             kernels = compile_kernels(
-                version / graph,
+                graphs,
                 plan.block_size,
                 plan.target.compute_capabilities,
                 version / KERNELS_FOLDER,
                 stage.on_progress,
             )
-    engine = None
+    engines: Sequence[EngineInfo | None] = [None] * len(graphs)
     if plan.target is not None:
         with stages.stage("build engine") as stage:
             # Like the exporter it imports what a cache hit does without.
-            from trtforge.builder.rank_engine import build_rank_engine
+            from trtforge.builder.rank_engines import build_rank_engines
 
-            engine = build_rank_engine(
-                version / graph, plan.target, plan.limits, kv_cache, cache, stage.on_fraction, kernels
+            engines = build_rank_engines(
+                graphs,
+                plan.target,
+                plan.limits,
+                kv_cache,
+                cache,
+                stage.on_fraction,
+                kernels,
+                plan.parallelism.tp,
             )
     with stages.stage("hash files"):
         digests = {name: file_digest(file) for name, file in _files(version).items()}
     with stages.stage("flush to disk"):
         area.flush()
-    rank = Rank(
-        onnx=graph.as_posix(),
-        kv_layers=exported.layers,
-        logits_columns=(0, exported.vocab_size),
-        engine=engine,
+    ranks = tuple(
+        Rank(
+            onnx=graph.relative_to(version).as_posix(),
+            kv_layers=rank.layers,
+            logits_columns=rank.logits_columns,
+            engine=engine,
+        )
+        for rank, graph, engine in zip(exported.ranks, graphs, engines, strict=True)
     )
-    manifest = _manifest(exported, plan, kv_cache, key, rank)
+    manifest = _manifest(exported.ranks[0], plan, kv_cache, key, ranks)
     report = BuildReport.of(
         manifest,
         source=source,
-        num_nodes=exported.num_nodes,
-        weight_bytes=exported.weight_bytes,
-        weights=exported.weights,
+        num_nodes=sum(rank.num_nodes for rank in exported.ranks),
+        num_heads=[rank.num_heads for rank in exported.ranks],
+        weight_bytes=[rank.weight_bytes for rank in exported.ranks],
+        weights=[rank.weights for rank in exported.ranks],
         stages=stages.records,
     )
     report.save(version)
@@ -223,7 +247,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _manifest(
-    exported: ExportedModel, plan: BuildPlan, kv_cache: KVCacheLayout, key: str, rank: Rank
+    exported: ExportedModel, plan: BuildPlan, kv_cache: KVCacheLayout, key: str, ranks: tuple[Rank, ...]
 ) -> Manifest:
     """The manifest of a build whose files are not all written yet."""
     return Manifest(
@@ -240,7 +264,9 @@ def _manifest(
         ),
         kv_cache=kv_cache,
         limits=plan.limits,
-        ranks=(rank,),
+        tp_size=plan.parallelism.tp,
+        pp_size=plan.parallelism.pp,
+        ranks=ranks,
         tokenizer=TOKENIZER_FOLDER,
         files={},
     )

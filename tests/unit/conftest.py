@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -191,6 +192,15 @@ def cuda_driver_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         command = [compiler, "-shared", "-fPIC", "-o", str(folder / library)]
         subprocess.run([*command, str(FOLDER / "fake_cuda" / source)], check=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_threaded_ranks() -> Callable[..., Any]:
+    """`make_threaded_ranks(exported, tp, folder, block_size, num_blocks)`: see `threaded_ranks/model.py`."""
+    sys.path.append(str(FOLDER))
+    from threaded_ranks.model import ThreadedRanks
+
+    return ThreadedRanks
 
 
 @pytest.fixture(scope="session")

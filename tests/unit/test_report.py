@@ -44,7 +44,15 @@ def report() -> BuildReport:
         StageRecord("export graph", 12.34, 700 * 2**20, False),
         StageRecord("check graph", 1, 2**30, False),
     ]
-    return BuildReport.of(manifest, source="a/model", num_nodes=4321, weight_bytes=269_030_016, stages=stages)
+    return BuildReport.of(
+        manifest,
+        source="a/model",
+        num_nodes=4321,
+        num_heads=[9],
+        weight_bytes=[269_030_016],
+        weights=[()],
+        stages=stages,
+    )
 
 
 def text_of(report: BuildReport) -> str:
