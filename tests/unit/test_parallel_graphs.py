@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,11 +10,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trtforge.builder.build import build
-from trtforge.builder.options import BuildOptions
+from trtforge.builder.checkpoint import Checkpoint
+from trtforge.builder.export import divide, trace_checkpoint, write_graph
+from trtforge.builder.sharding.split import Parallelism
 from trtforge.checking.packing import PackedSequences
 from trtforge.engine_options import EngineOptions
-from trtforge.manifest import Limits, Manifest
+from trtforge.manifest import LayerCache, Limits, Manifest, Rank, Runtime
 from trtforge.runtime.engine.core import EngineCore
 from trtforge.runtime.executor import Executor
 from trtforge.runtime.executors.create import create_executor
@@ -23,8 +23,8 @@ from trtforge.runtime.parallel import micro_batches
 from trtforge.runtime.request import EngineRequest, SamplingParams
 
 VOCAB_SIZE = 450
-LENGTHS = (1, 5, 40, 70, 3)
-MAX_TOKENS = 24
+LENGTHS = (1, 5, 40, 70)
+MAX_TOKENS = 12
 # More than one chunk for the longest prompts.
 LIMITS = Limits(max_model_len=128, max_num_seqs=4, max_num_batched_tokens=32)
 
@@ -32,10 +32,12 @@ BuildModel = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def build_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> BuildModel:
-    """`build_model(tp, pp, runtime)`: the folder of the manifest of a random llama with 9 heads and 3 KV heads."""
+def build_model(
+    tmp_path_factory: pytest.TempPathFactory, make_manifest: Callable[..., Manifest]
+) -> BuildModel:
+    """`build_model(tp, pp, runtime)`: a new folder with the graphs and the manifest of a random llama with 9
+    heads and 3 KV heads."""
     checkpoint = tmp_path_factory.mktemp("checkpoint")
-    shutil.copytree(tiny_tokenizer, checkpoint, dirs_exist_ok=True)
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -53,25 +55,22 @@ def build_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) 
             if parameter.ndim > 1:  # far from uniform attention and logits
                 parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
     model.save_pretrained(checkpoint)
-    built: dict[tuple[int, int], Path] = {}
+    traced = trace_checkpoint(Checkpoint.open(str(checkpoint)), "float32", lambda _: None)
 
-    def make(tp: int, pp: int, runtime: str) -> Path:
-        if (tp, pp) not in built:
-            output = tmp_path_factory.mktemp("built") / "repository"
-            options = BuildOptions(
-                model=str(checkpoint),
-                output=output,
-                runtime="reference",
-                dtype="float32",
-                kv_cache_bytes=2**21,
-                tp=tp,
-                pp=pp,
-            )
-            built[tp, pp] = build(options).folder / "1"
-        # Both runtimes read the same graphs.
-        folder = tmp_path_factory.mktemp("model") / "1"
-        shutil.copytree(built[tp, pp], folder)
-        Manifest.load(folder).model_copy(update={"runtime": runtime, "limits": LIMITS}).save(folder)
+    def make(tp: int, pp: int, runtime: Runtime) -> Path:
+        folder = tmp_path_factory.mktemp("model")
+        parts = divide(traced, Parallelism(tp, pp)).ranks
+        for number, part in enumerate(parts):
+            write_graph(part, folder / f"rank{number}")
+        ranks = tuple(
+            Rank(onnx=f"rank{number}/model.onnx", kv_layers=part.layers, logits_columns=part.logits_columns)
+            for number, part in enumerate(parts)
+        )
+        layers = (LayerCache(num_kv_heads=3, head_dim=16),) * 2
+        manifest = make_manifest(layers, vocab_size=VOCAB_SIZE).model_copy(
+            update={"runtime": runtime, "limits": LIMITS, "ranks": ranks, "tp_size": tp, "pp_size": pp}
+        )
+        manifest.save(folder)
         return folder
 
     return make
@@ -124,7 +123,6 @@ def expected(build_model: BuildModel) -> dict[str, list[int]]:
         ("openvino", 3, 1),
         ("openvino", 1, 2),
         ("openvino", 2, 2),
-        ("reference", 2, 1),
         ("reference", 2, 2),
     ],
 )
