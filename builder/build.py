@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,23 +19,15 @@ from trtforge.builder.options import BuildOptions
 from trtforge.builder.plan import BuildPlan, choose_engine_target, make_plan, plan_kv_cache
 from trtforge.builder.quantization.calibration_texts import calibration_texts
 from trtforge.builder.quantization.policy import Quantization
+from trtforge.builder.rank_files import write_ranks
 from trtforge.builder.report import BuildReport
 from trtforge.builder.repository import VERSION_FOLDER, install_triton_model
 from trtforge.builder.stages import Stage, Stages
 from trtforge.builder.staging import Staging, staging
 from trtforge.builder.tokenizer import write_tokenizer
-from trtforge.builder.verify import verify_graph
 from trtforge.errors import CapacityError, ConfigError, EngineBuildError
 from trtforge.integrity import file_digest
-from trtforge.manifest import (
-    KERNELS_FOLDER,
-    EngineInfo,
-    KVCacheLayout,
-    Manifest,
-    ModelInfo,
-    Rank,
-    element_bytes,
-)
+from trtforge.manifest import KVCacheLayout, Manifest, ModelInfo, Rank, element_bytes
 
 if TYPE_CHECKING:
     from trtforge.builder.export import ExportedModel
@@ -163,7 +154,7 @@ def _fill(
         write_tokenizer(checkpoint.folder, version / TOKENIZER_FOLDER)
     with stages.stage("export graph") as stage:
         # Its imports take seconds, which a cache hit does without.
-        from trtforge.builder.export import ONNX_FILE, export_ranks, write_graph
+        from trtforge.builder.export import export_ranks
 
         exported = export_ranks(
             checkpoint,
@@ -174,56 +165,11 @@ def _fill(
             on_stage=stage.describe,
         )
         kv_cache = plan_kv_cache(plan, exported.layers)
-    graphs = [version / f"rank{rank}" / ONNX_FILE for rank in range(len(exported.ranks))]
-    with stages.stage("write graph and weights") as stage:
-        for rank, graph in zip(exported.ranks, graphs, strict=True):
-            write_graph(rank, graph.parent, on_bytes=stage.on_progress)
-    with stages.stage("check graph"):
-        for number, (rank, graph) in enumerate(zip(exported.ranks, graphs, strict=True)):
-            pp_rank = number // plan.parallelism.tp
-            is_last = pp_rank == plan.parallelism.pp - 1
-            verify_graph(graph, len(rank.layers), is_first=pp_rank == 0, is_last=is_last)
-    kernels = None
-    if plan.runtime == "tensorrt" and plan.target is not None:
-        with stages.stage("compile kernels") as stage:
-            from trtforge.builder.plugin_graph import compile_kernels
-
-            kernels = compile_kernels(
-                graphs,
-                plan.block_size,
-                plan.target.compute_capabilities,
-                version / KERNELS_FOLDER,
-                stage.on_progress,
-            )
-    engines: Sequence[EngineInfo | None] = [None] * len(graphs)
-    if plan.target is not None:
-        with stages.stage("build engine") as stage:
-            # Like the exporter it imports what a cache hit does without.
-            from trtforge.builder.rank_engines import build_rank_engines
-
-            engines = build_rank_engines(
-                graphs,
-                plan.target,
-                plan.limits,
-                kv_cache,
-                cache,
-                stage.on_fraction,
-                kernels,
-                plan.parallelism.tp,
-            )
+    ranks = write_ranks(exported.ranks, plan, kv_cache, cache, version, stages)
     with stages.stage("hash files"):
         digests = {name: file_digest(file) for name, file in _files(version).items()}
     with stages.stage("flush to disk"):
         area.flush()
-    ranks = tuple(
-        Rank(
-            onnx=graph.relative_to(version).as_posix(),
-            kv_layers=rank.layers,
-            logits_columns=rank.logits_columns,
-            engine=engine,
-        )
-        for rank, graph, engine in zip(exported.ranks, graphs, engines, strict=True)
-    )
     manifest = _manifest(exported.ranks[0], plan, kv_cache, key, ranks)
     report = BuildReport.of(
         manifest,

@@ -253,8 +253,12 @@ def _sources(value: ir.Value) -> tuple[set[ir.Node], set[ir.Node]] | None:
     open_values = [(value, len(sizes) - 1)]
     sources: set[ir.Node] = set()
     visited: set[ir.Node] = set()
+    seen: set[tuple[ir.Value, int]] = set()
     while open_values:
         value, axis = open_values.pop()
+        if (value, axis) in seen:
+            continue
+        seen.add((value, axis))
         node = value.producer()
         if node is None:
             if value.is_initializer():

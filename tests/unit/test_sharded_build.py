@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trtforge import wire
 from trtforge.builder.build import BuildResult, build
+from trtforge.builder.lower import lower
 from trtforge.builder.options import BuildOptions
 from trtforge.errors import ConfigError
 from trtforge.manifest import LayerCache, Manifest
@@ -136,21 +137,41 @@ def test_the_table_says_what_ranks_hold(built: BuildResult) -> None:
 
 
 def test_other_commands_take_a_build_of_several_ranks(
-    built: BuildResult, checkpoint: Path, run_trtforge: RunTrtforge
+    built: BuildResult, tmp_path: Path, run_trtforge: RunTrtforge
 ) -> None:
     status, output, _ = run_trtforge("inspect", built.folder)
     assert status == 0, output
     assert "rank3" in output
+    picture = tmp_path / "layer.svg"
+    status, _, errors = run_trtforge("inspect", built.folder, "--graph", picture, "--layer", "1")
+    assert (status, picture.is_file()) == (0, True), errors
     status, _, errors = run_trtforge("check", built.folder)
-    assert status != 0
-    assert "ranks" in errors
+    assert status == ConfigError.exit_code
+    assert "has 4 ranks" in errors
+
+
+def test_sums_become_collectives_of_tensorrt(built: BuildResult) -> None:
+    lowered = lower(built.folder / "1" / built.manifest.ranks[1].onnx, block_size=32, tp_size=2)
+    collectives = [node for node in lowered.graph if node.op_type == "DistCollective"]
+    assert len(collectives) == 5
+    assert not [node for node in lowered.graph if node.domain == DOMAIN]
+    for node in collectives:
+        assert node.domain == "trt"
+        assert {name: attribute.value for name, attribute in node.attributes.items()} == {
+            "collective_operation": "all_reduce",
+            "reduce_op": "sum",
+            "nb_rank": 2,
+            "root": -1,
+            "group_size": 0,
+            "groups": (),
+        }
 
 
 def test_engines_of_all_ranks(checkpoint: Path, tmp_path: Path, tensorrt_rtx: ModuleType) -> None:
     values = {"runtime": "tensorrt-rtx", "dtype": "bfloat16", "gpus": ("sm_89",), "engine_cache": None}
-    result = build(options(checkpoint, tmp_path / "repository", tp=2, pp=2, **values))
+    result = build(options(checkpoint, tmp_path / "repository", tp=2, **values))
     engines = [rank.engine for rank in result.manifest.ranks]
-    assert [engine.file for engine in engines] == [f"rank{rank}/model.engine" for rank in range(4)]
+    assert [engine.file for engine in engines] == ["rank0/model.engine", "rank1/model.engine"]
     for engine, rank in zip(engines, result.report.ranks, strict=True):
         assert engine.size_bytes == (result.folder / "1" / engine.file).stat().st_size == rank.engine_bytes
         assert engine.size_bytes > 0.9 * rank.weight_bytes
