@@ -107,7 +107,6 @@ def _measure_broadcast() -> list[Figure]:
         both = _fake_manifest(
             tuple(Rank(onnx=f"rank{i}/", kv_layers=layers, logits_columns=c) for i, c in enumerate(columns))
         )
-        both.save(folder)
         with _executor(alone, folder) as one, _executor(both, folder) as two:
             for num_seqs in NUM_SEQS:
                 inputs = _decode(one, num_seqs)

@@ -18,7 +18,8 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     """Load the rank's part of the model."""
 
     model_dir: str
-    options: str  # EngineOptions, as JSON
+    manifest: str  # JSON, as the next one
+    options: str
 
 
 class Planned(msgspec.Struct, frozen=True, tag="planned"):

@@ -54,7 +54,8 @@ class ParallelExecutor:
             os.close(fd)
         self._is_closed = False
         options = share_threads(options, memory.shape.num_ranks)
-        planned = self._ranks.ask(Load(str(model_dir), options.model_dump_json()))
+        load = Load(str(model_dir), manifest.model_dump_json(), options.model_dump_json())
+        planned = self._ranks.ask(load)
         agreed = _agree(planned)
         self._ranks.ask(agreed)
         self._spec = KVCacheSpec(manifest.kv_cache.block_size, agreed.num_blocks, agreed.num_host_blocks)

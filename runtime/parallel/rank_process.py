@@ -109,7 +109,7 @@ def _serve(rank: int, channel: RankChannel, memory: SharedMemory) -> int:
     try:
         model_dir = Path(load.model_dir)
         options = EngineOptions.model_validate_json(load.options)
-        manifest = Manifest.load(model_dir)
+        manifest = Manifest.model_validate_json(load.manifest)
         group = GroupMemory(memory, manifest)
         communicator = group.communicator(rank, options.step_timeout_s)
     except Exception as error:

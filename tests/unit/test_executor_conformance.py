@@ -85,7 +85,6 @@ def _fake_ranks(folder: Path, request: pytest.FixtureRequest) -> Callable[[], Ex
     )
     changes = {"runtime": "fake", "limits": LIMITS, "ranks": ranks, "tp_size": 2}
     manifest = request.getfixturevalue("make_manifest")(layers).model_copy(update=changes)
-    manifest.save(folder)
     return lambda: create_executor(manifest, folder, EngineOptions(swap_bytes=SWAP_BYTES))
 
 

@@ -28,8 +28,8 @@ FOLDER = Path(__file__).parent
 def write_model(
     folder: Path, manifest: Manifest, *, content: str | None, has_kernels: bool, tp_size: int = 1
 ) -> Manifest:
-    """Fake engines for sm_89 in `folder`, one a rank, beside a bundle without kernels; and the manifest with
-    them, which lies there too.
+    """Fake engines for sm_89 in `folder`, one a rank, beside a bundle without kernels, and the manifest with
+    them.
 
     `content` is what the files hold instead of those engines.
     """
@@ -48,9 +48,7 @@ def write_model(
         bundle = BundleManifest(compiler="none", compiler_version="0", cubins=())
         (folder / KERNELS_FOLDER).mkdir()
         (folder / KERNELS_FOLDER / BUNDLE_FILE).write_text(bundle.model_dump_json())
-    manifest = manifest.model_copy(update={"ranks": ranks, "tp_size": tp_size})
-    manifest.save(folder)
-    return manifest
+    return manifest.model_copy(update={"ranks": ranks, "tp_size": tp_size})
 
 
 def _write_engine(
