@@ -46,7 +46,7 @@ from trtforge.runtime.parallel.messages import (
     rank_end,
 )
 from trtforge.runtime.parallel.micro_batches import split_step
-from trtforge.runtime.parallel.rank_view import RankContext, rank_manifest
+from trtforge.runtime.parallel.rank_view import RankContext, cache_share, rank_manifest
 from trtforge.runtime.parallel.shared_memory import SharedMemory
 from trtforge.runtime.parallel.signals import PeerFailedError
 from trtforge.runtime.parallel.step_memory import StepSizes
@@ -117,7 +117,8 @@ def _serve(rank: int, channel: RankChannel, memory: SharedMemory) -> int:
         channel.send(Failed(_text(error), _kind(error)))
         return TrtforgeError.exit_code
     try:
-        context = RankContext(communicator, lambda budget: _agree(channel, budget))
+        share = cache_share(manifest, rank)
+        context = RankContext(communicator, share, lambda budget: _agree(channel, budget))
         executor = create_rank_executor(rank_manifest(manifest, rank), model_dir, options, context)
         gc.freeze()  # what was made so far stays: the collector need not look at it again
         worker = RankWorker(executor, communicator, group, manifest.ranks[rank].logits_columns)
