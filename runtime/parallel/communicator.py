@@ -14,7 +14,7 @@ from trtforge.runtime.parallel.signals import Counter, Signals, signals_bytes
 
 Array = npt.NDArray[Any]
 
-REDUCE_CHUNK_BYTES = 1 << 20
+REDUCE_CHUNK_BYTES = 1 << 22
 MAIL_CHUNK_BYTES = 1 << 24
 _NUM_SLOTS = 2  # of each kind: one is written while another one may still be read
 _HEADER_BYTES = 64
