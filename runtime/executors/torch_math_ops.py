@@ -117,6 +117,7 @@ MATH_OPS: Mapping[str, StandardOp] = {
     "Gelu": StandardOp(_gelu),
     "Gemm": StandardOp(_gemm),
     "LayerNormalization": StandardOp(_layer_normalization),
+    "MatMul": StandardOp(plain(torch.matmul)),
     "Mul": StandardOp(plain(operator.mul), takes_numbers=True),
     "Not": StandardOp(plain(torch.logical_not)),
     "Pow": StandardOp(plain(_pow), takes_numbers=True),
