@@ -66,7 +66,7 @@ def test_hopper(sass_of: SassOf, kernel_compiler: Executor, name: str, cache_dty
         assert loop.count("HGMMA") > 0
     else:
         assert loop.count("HMMA") > 0
-    if (name, cache_dtype) != ("decode_split", "bfloat16"):  # which has one buffer, and other programs beside it
+    if (name, cache_dtype) != ("decode_split", "bfloat16"):  # it has one buffer, and other programs beside it
         assert loop.groups_in_flight >= 2  # the next keys and values, while these are multiplied
     if cache_dtype != "bfloat16":
         elements = 2 * constants["TILE"] * constants["DIMS"] // (32 * kernel.num_warps)
