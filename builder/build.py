@@ -19,20 +19,19 @@ from trtforge.builder.options import BuildOptions
 from trtforge.builder.plan import BuildPlan, choose_engine_target, make_plan, plan_kv_cache
 from trtforge.builder.quantization.calibration_texts import calibration_texts
 from trtforge.builder.quantization.policy import Quantization
+from trtforge.builder.rank_files import write_ranks
 from trtforge.builder.report import BuildReport
 from trtforge.builder.repository import VERSION_FOLDER, install_triton_model
 from trtforge.builder.stages import Stage, Stages
 from trtforge.builder.staging import Staging, staging
 from trtforge.builder.tokenizer import write_tokenizer
-from trtforge.builder.verify import verify_graph
 from trtforge.errors import CapacityError, ConfigError, EngineBuildError
 from trtforge.integrity import file_digest
-from trtforge.manifest import KERNELS_FOLDER, KVCacheLayout, Manifest, ModelInfo, Rank, element_bytes
+from trtforge.manifest import KVCacheLayout, Manifest, ModelInfo, Rank, element_bytes
 
 if TYPE_CHECKING:
     from trtforge.builder.export import ExportedModel
 
-RANK_FOLDER = "rank0"
 TOKENIZER_FOLDER = "tokenizer"
 # Room for all that is not weights: graph, tokenizer, reports.
 _OTHER_BYTES = 64 * 2**20
@@ -155,53 +154,30 @@ def _fill(
         write_tokenizer(checkpoint.folder, version / TOKENIZER_FOLDER)
     with stages.stage("export graph") as stage:
         # Its imports take seconds, which a cache hit does without.
-        from trtforge.builder.export import ONNX_FILE, export_model, write_graph
+        from trtforge.builder.export import export_ranks
 
-        exported = export_model(
+        exported = export_ranks(
             checkpoint,
             plan.dtype,
+            plan.parallelism,
             quantization=plan.quantization,
             lowering=plan.lowering,
             on_stage=stage.describe,
         )
         kv_cache = plan_kv_cache(plan, exported.layers)
-    with stages.stage("write graph and weights") as stage:
-        write_graph(exported, version / RANK_FOLDER, on_bytes=stage.on_progress)
-    graph = Path(RANK_FOLDER, ONNX_FILE)
-    with stages.stage("check graph"):
-        verify_graph(version / graph, len(exported.layers))
-    kernels = None
-    if plan.runtime == "tensorrt" and plan.target is not None:
-        with stages.stage("compile kernels") as stage:
-            from trtforge.builder.plugin_graph import compile_kernels
-
-            kernels = compile_kernels(
-                version / graph,
-                plan.block_size,
-                plan.target.compute_capabilities,
-                version / KERNELS_FOLDER,
-                stage.on_progress,
-            )
-    engine = None
-    if plan.target is not None:
-        with stages.stage("build engine") as stage:
-            # Like the exporter it imports what a cache hit does without.
-            from trtforge.builder.rank_engine import build_rank_engine
-
-            engine = build_rank_engine(
-                version / graph, plan.target, plan.limits, kv_cache, cache, stage.on_fraction, kernels
-            )
+    ranks = write_ranks(exported.ranks, plan, kv_cache, cache, version, stages)
     with stages.stage("hash files"):
         digests = {name: file_digest(file) for name, file in _files(version).items()}
     with stages.stage("flush to disk"):
         area.flush()
-    manifest = _manifest(exported, plan, kv_cache, key, Rank(onnx=graph.as_posix(), engine=engine))
+    manifest = _manifest(exported.ranks[0], plan, kv_cache, key, ranks)
     report = BuildReport.of(
         manifest,
         source=source,
-        num_nodes=exported.num_nodes,
-        weight_bytes=exported.weight_bytes,
-        weights=exported.weights,
+        num_nodes=sum(rank.num_nodes for rank in exported.ranks),
+        num_heads=[rank.num_heads for rank in exported.ranks],
+        weight_bytes=[rank.weight_bytes for rank in exported.ranks],
+        weights=[rank.weights for rank in exported.ranks],
         stages=stages.records,
     )
     report.save(version)
@@ -217,7 +193,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _manifest(
-    exported: ExportedModel, plan: BuildPlan, kv_cache: KVCacheLayout, key: str, rank: Rank
+    exported: ExportedModel, plan: BuildPlan, kv_cache: KVCacheLayout, key: str, ranks: tuple[Rank, ...]
 ) -> Manifest:
     """The manifest of a build whose files are not all written yet."""
     return Manifest(
@@ -234,7 +210,9 @@ def _manifest(
         ),
         kv_cache=kv_cache,
         limits=plan.limits,
-        ranks=(rank,),
+        tp_size=plan.parallelism.tp,
+        pp_size=plan.parallelism.pp,
+        ranks=ranks,
         tokenizer=TOKENIZER_FOLDER,
         files={},
     )

@@ -35,8 +35,8 @@ def build(
     dtype: Annotated[
         DTypeChoice, typer.Option(help="Of weights and KV cache; auto keeps the model's, if the runtime can.")
     ] = "auto",
-    tp: Annotated[int, typer.Option(help="Ranks that share every layer (only 1 today).")] = 1,
-    pp: Annotated[int, typer.Option(help="Ranks with some layers each (only 1 today).")] = 1,
+    tp: Annotated[int, typer.Option(help="Ranks that share every layer: tensor parallelism.")] = 1,
+    pp: Annotated[int, typer.Option(help="Stages with some layers each: pipeline parallelism.")] = 1,
     fp8: Annotated[
         bool, typer.Option("--fp8", help="Round weights to 8-bit floats (e4m3), a scale a row.")
     ] = False,
@@ -143,6 +143,7 @@ def build(
       build-engine ./model -o repository --kv-cache-bytes 2GiB --force
       build-engine ./model -o repository --runtime tensorrt-rtx --gpu sm_89
       build-engine ./model -o repository --runtime tensorrt
+      build-engine ./model -o repository --tp 2 --pp 2
       build-engine ./model -o repository --int4 --exclude '*.layers.0.*'
 
     \b

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,11 @@ import torch
 from trtforge.builder.checkpoint import Checkpoint, read_json
 from trtforge.builder.meta_model import build_meta_model
 from trtforge.builder.optimize import optimize
-from trtforge.builder.quantization.lowering import quantize_linears
-from trtforge.builder.quantization.policy import Lowering, Quantization, WeightChoice
+from trtforge.builder.quantization.lowering import matrix_names, quantize_linears
+from trtforge.builder.quantization.policy import Lowering, Quantization, WeightChoice, check_exclusions
+from trtforge.builder.quantization.units import feature_multiples
+from trtforge.builder.sharding.shard import RankPart, shard
+from trtforge.builder.sharding.split import Parallelism
 from trtforge.builder.trace import WEIGHT_PREFIX, trace
 from trtforge.builder.weights import (
     WeightSource,
@@ -25,6 +29,7 @@ from trtforge.builder.weights import (
 )
 from trtforge.builder.weights_file import write_weights
 from trtforge.manifest import DType, LayerCache
+from trtforge.plugins.paged_attention.op import PAGED_ATTENTION
 
 ONNX_FILE = "model.onnx"
 WEIGHTS_FILE = "model.safetensors"
@@ -32,10 +37,13 @@ WEIGHTS_FILE = "model.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class ExportedModel:
-    """The graph and what a build has to know about it. Weights are read from the checkpoint's files."""
+    """The graph of a rank and what a build has to know about it and about the whole model. Weights are read
+    from the checkpoint's files."""
 
     model: ir.Model
-    layers: tuple[LayerCache, ...]
+    layers: tuple[LayerCache, ...]  # with the KV heads that this rank has
+    num_heads: int  # of queries, in the layer with the most of them
+    logits_columns: tuple[int, int]  # tokens whose logits the graph computes; (0, 0): it has no logits
     vocab_size: int
     num_parameters: int
     weight_bytes: int
@@ -43,6 +51,14 @@ class ExportedModel:
     architecture: str
     eos_token_ids: tuple[int, ...]
     weights: tuple[WeightChoice, ...]  # of two dims or more, if any is quantized
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedRanks:
+    """The graphs of all ranks, ordered by stage and then within it, and the caches of the whole model."""
+
+    ranks: tuple[ExportedModel, ...]
+    layers: tuple[LayerCache, ...]
 
 
 def export_model(
@@ -53,39 +69,117 @@ def export_model(
     lowering: Lowering | None = None,
     on_stage: Callable[[str], None] | None = None,
 ) -> ExportedModel:
-    """Trace the model in `dtype` and attach the checkpoint's weights, rounded as `quantization` says.
+    """The whole model for one rank; see `export_ranks`."""
+    exported = export_ranks(
+        checkpoint, dtype, Parallelism(), quantization=quantization, lowering=lowering, on_stage=on_stage
+    )
+    return exported.ranks[0]
+
+
+def export_ranks(
+    checkpoint: Checkpoint,
+    dtype: DType,
+    parallelism: Parallelism,
+    *,
+    quantization: Quantization | None = None,
+    lowering: Lowering | None = None,
+    on_stage: Callable[[str], None] | None = None,
+) -> ExportedRanks:
+    """Trace the model in `dtype`, divide it, and attach the checkpoint's weights, rounded as `quantization`
+    says.
 
     `lowering` is how projections with quantized weights are expressed; None if there are none. Peak memory
     does not depend on the model's size: tracing happens on the meta device. `on_stage` is told what begins.
-    Raises ExportError, naming the reason, for a model that cannot be expressed, and ConfigError for a
-    quantization that cannot be applied to it.
+    Raises ExportError, naming the reason, for a model that cannot be expressed or divided, and ConfigError
+    for a quantization that cannot be applied to it and for more ranks than it has parts.
     """
     stage = on_stage or (lambda _: None)
-    stage("model")
+    traced = trace_checkpoint(checkpoint, dtype, stage)
+    stage("divide")
+    return divide(traced, parallelism, quantization, lowering)
+
+
+@dataclass(frozen=True, slots=True)
+class TracedModel:
+    """The graph of a whole model as it was traced, whose weights are the checkpoint's."""
+
+    model: ir.Model
+    sources: Mapping[str, WeightSource]  # by the name that is stored
+    layers: tuple[LayerCache, ...]
+    output_embedding: str  # the name of the weight that makes logits
+    vocab_size: int
+    num_parameters: int
+    architecture: str
+    eos_token_ids: tuple[int, ...]
+
+
+def trace_checkpoint(checkpoint: Checkpoint, dtype: DType, on_stage: Callable[[str], None]) -> TracedModel:
+    """Trace the model in `dtype`. Raises ExportError, naming the reason, if it cannot be expressed."""
+    on_stage("model")
     hf = build_meta_model(checkpoint.config, getattr(torch, dtype))
     sources = locate_weights(hf, checkpoint)
-    model, layers = trace(hf, getattr(torch, dtype), stage)
-    stage("optimize")
+    model, layers = trace(hf, getattr(torch, dtype), on_stage)
+    on_stage("optimize")
     weights = detach_weights(model.graph)
     optimize(model)
     attach_weights(model.graph, weights, sources, WEIGHT_PREFIX)
-    choices: tuple[WeightChoice, ...] = ()
-    if lowering is not None:
-        by_stored_name = {source.name: source for source in sources.values()}
-        output_embedding = _output_embedding(hf, sources)
-        choices = quantize_linears(model.graph, by_stored_name, lowering, quantization, output_embedding)
     parameters = {id(parameter): parameter.numel() for parameter in hf.parameters()}
-    return ExportedModel(
+    return TracedModel(
         model=model,
+        sources={source.name: source for source in sources.values()},
         layers=layers,
+        output_embedding=_output_embedding(hf, sources),
         vocab_size=int(model.graph.outputs[0].shape[1]),
         num_parameters=sum(parameters.values()),
-        weight_bytes=sum(value.const_value.nbytes for value in model.graph.initializers.values()),
-        num_nodes=len(model.graph),
         architecture=type(hf).__name__,
         eos_token_ids=_eos_token_ids(checkpoint),
+    )
+
+
+def divide(
+    traced: TracedModel,
+    parallelism: Parallelism,
+    quantization: Quantization | None = None,
+    lowering: Lowering | None = None,
+) -> ExportedRanks:
+    """The graphs of ranks, with quantized weights as `export_ranks` says. `traced` stays as it is.
+
+    Raises as `export_ranks` does.
+    """
+    if quantization is not None:
+        check_exclusions(matrix_names(traced.model.graph, traced.sources), quantization.exclude)
+    multiples = functools.partial(feature_multiples, traced.sources, quantization)
+    parts = shard(traced.model, traced.layers, traced.sources, parallelism, multiples)
+    return ExportedRanks(
+        tuple(_finish(traced, part, quantization, lowering) for part in parts), traced.layers
+    )
+
+
+def _finish(
+    traced: TracedModel, part: RankPart, quantization: Quantization | None, lowering: Lowering | None
+) -> ExportedModel:
+    graph = part.model.graph
+    choices: tuple[WeightChoice, ...] = ()
+    if lowering is not None:
+        choices = quantize_linears(graph, part.sources, lowering, quantization, traced.output_embedding)
+    return ExportedModel(
+        model=part.model,
+        layers=part.layers,
+        num_heads=_num_heads(graph),
+        logits_columns=part.logits_columns,
+        vocab_size=traced.vocab_size,
+        num_parameters=traced.num_parameters,
+        weight_bytes=sum(value.const_value.nbytes for value in graph.initializers.values()),
+        num_nodes=len(graph),
+        architecture=traced.architecture,
+        eos_token_ids=traced.eos_token_ids,
         weights=choices,
     )
+
+
+def _num_heads(graph: ir.Graph) -> int:
+    attention = (node for node in graph if node.op_type == PAGED_ATTENTION.name)
+    return max(int(node.inputs[0].shape[1]) for node in attention)
 
 
 def _output_embedding(hf: Any, sources: Mapping[str, WeightSource]) -> str:

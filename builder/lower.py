@@ -14,19 +14,23 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnxscript import optimizer
 
+from trtforge.plugins.all_reduce.op import ALL_REDUCE
 from trtforge.plugins.function_bodies import add_function_bodies
+from trtforge.plugins.op import DOMAIN
 
+_TENSORRT_DOMAIN = "trt"  # of operators that its parser knows and ONNX does not
 BLOCK_SIZE_DIM = "block_size"  # of the cache inputs, as the exporter names it
 
 
-def lower(graph: Path, block_size: int, keep: Collection[str] = ()) -> ir.Model:
-    """The graph in the file `graph` out of standard operators and those named in `keep`, for caches with
-    blocks of `block_size`.
+def lower(graph: Path, block_size: int, keep: Collection[str] = (), tp_size: int = 1) -> ir.Model:
+    """The graph in the file `graph`, of one of `tp_size` ranks, out of standard operators and those named in
+    `keep`, for caches with blocks of `block_size`. Sums over ranks become TensorRT's own operator.
 
     Weights stay where they are, as external data. Raises PluginError for an unknown custom operator.
     """
     model = ir.load(graph)
     _fix_block_size(model, block_size)
+    _use_collectives(model, tp_size)
     add_function_bodies(model, keep)
     merge = passes.CommonSubexpressionEliminationPass()
     ir.passes.Sequential(passes.InlinePass(), merge)(model)
@@ -48,6 +52,26 @@ def _fix_block_size(model: ir.Model, block_size: int) -> None:
     for value in model.graph.inputs:
         if value.shape is not None:
             value.shape = ir.Shape(block_size if str(dim) == BLOCK_SIZE_DIM else dim for dim in value.shape)
+
+
+def _use_collectives(model: ir.Model, tp_size: int) -> None:
+    """A rank's engine has a communicator of the `tp_size` ranks of its stage: no groups are needed."""
+    for node in list(model.graph):
+        if (node.domain, node.op_type) != (DOMAIN, ALL_REDUCE.name):
+            continue
+        attributes = {
+            "collective_operation": "all_reduce",
+            "reduce_op": "sum",
+            "nb_rank": tp_size,
+            "root": -1,
+            "group_size": 0,
+        }
+        collective = ir.node("DistCollective", node.inputs, attributes, domain=_TENSORRT_DOMAIN)
+        collective.attributes["groups"] = ir.AttrInt64s("groups", [])
+        ir.convenience.replace_nodes_and_values(
+            model.graph, node, [node], [collective], node.outputs, collective.outputs
+        )
+        model.opset_imports[_TENSORRT_DOMAIN] = 1
 
 
 def _should_fold(node: ir.Node) -> bool | None:

@@ -49,7 +49,7 @@ def parse_cache_folder(text: str | None) -> Path | None:
 class BuildOptions(BaseModel):
     """Everything `build-engine` takes; None means that the builder chooses.
 
-    Raises ConfigError for values that cannot work whatever the model is, and for what is not built yet.
+    Raises ConfigError for values that cannot work whatever the model is.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -83,7 +83,6 @@ class BuildOptions(BaseModel):
     def _check(self) -> Self:
         check_model_name(self.name)
         check_positive(_counts(self))
-        _refuse_unbuilt(self)
         _check_engine_options(self)
         _check_quantization(self)
         if self.runtime in ("auto", "openvino") and self.block_size not in (None, OPENVINO_BLOCK_SIZE):
@@ -128,13 +127,6 @@ def _check_engine_options(options: BuildOptions) -> None:
     for option, value in wanted.items():
         if value:
             raise ConfigError(f"{option} is for TensorRT's engines: give --runtime tensorrt-rtx or tensorrt")
-
-
-def _refuse_unbuilt(options: BuildOptions) -> None:
-    if options.tp > 1:
-        raise ConfigError(f"--tp {options.tp} is not built yet: one rank works today, use --tp 1")
-    if options.pp > 1:
-        raise ConfigError(f"--pp {options.pp} is not built yet: one stage works today, use --pp 1")
 
 
 def _check_quantization(options: BuildOptions) -> None:

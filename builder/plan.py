@@ -15,6 +15,7 @@ from trtforge.builder.quantization.calibration_texts import (
 )
 from trtforge.builder.quantization.policy import Lowering, Quantization, choose_lowering
 from trtforge.builder.quantization.weights import QuantizedFormat
+from trtforge.builder.sharding.split import Parallelism, split_heads, split_layers
 from trtforge.errors import ConfigError
 from trtforge.manifest import MAX_SLOTS, DType, KVCacheLayout, LayerCache, Limits, Runtime
 from trtforge.plugins.int4_gemm.op import GROUP_SIZES
@@ -33,6 +34,7 @@ class BuildPlan:
     block_size: int  # tokens
     kv_cache_bytes: int | None  # None: DEFAULT_KV_CACHE_BYTES, or one sequence if that is more
     limits: Limits
+    parallelism: Parallelism
     target: EngineTarget | None = None  # None: a runtime without engines
     quantization: Quantization | None = None  # None: weights stay as the checkpoint has them
     lowering: Lowering | None = None  # how the graph has quantized weights; None: there are none
@@ -64,10 +66,22 @@ def make_plan(
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
         ),
+        parallelism=choose_parallelism(options.tp, options.pp, config),
         target=choose_engine_target(options),
         quantization=quantization,
         lowering=choose_lowering(runtime, wanted) if is_quantized else None,
     )
+
+
+def choose_parallelism(tp: int, pp: int, config: Any) -> Parallelism:
+    """The ranks that a model with the Hugging Face `config` is divided among.
+
+    Raises ConfigError if some would have no attention head or no layer.
+    """
+    text_config = config.get_text_config(decoder=True)
+    split_heads(text_config.num_attention_heads, 1, tp)
+    split_layers(text_config.num_hidden_layers, pp)
+    return Parallelism(tp, pp)
 
 
 def choose_engine_target(options: BuildOptions) -> EngineTarget | None:

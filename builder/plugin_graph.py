@@ -19,30 +19,31 @@ from trtforge.plugins.trt_adapter import name_inputs, register
 from trtforge.tensorrt_package import load_package
 
 
-def lower_for_plugins(graph: Path, block_size: int) -> tuple[ir.Model, onnx.ModelProto]:
+def lower_for_plugins(graph: Path, block_size: int, tp_size: int = 1) -> tuple[ir.Model, onnx.ModelProto]:
     """The graph in the file `graph` with custom nodes of those operators only that have kernels, as TensorRT
-    finds plugins for them; all others are their bodies. The second form alone is for TensorRT.
+    finds plugins for them; all others are what `lower` makes of them. The second form alone is for TensorRT.
     """
-    model = lower(graph, block_size, keep={spec.name for spec in KERNELS})
+    model = lower(graph, block_size, keep={spec.name for spec in KERNELS}, tp_size=tp_size)
     proto = ir.to_proto(model)
     name_inputs(proto, KERNELS)
     return model, proto
 
 
 def compile_kernels(
-    graph: Path,
+    graphs: Sequence[Path],
     block_size: int,
     compute_capabilities: Sequence[str],
     folder: Path,
     on_progress: Callable[[float, float], None],
 ) -> Bundle:
-    """Compile what the plugins of the ONNX file `graph` may launch on these GPUs into the bundle `folder`.
+    """Compile what the plugins of the ONNX files `graphs` may launch on these GPUs into the bundle `folder`.
 
     `on_progress` is told how many kernels of how many there are. Raises EngineBuildError for what the kernels
     cannot do, and ConfigError if there is no compiler.
     """
     try:
-        calls = calls_of(ir.load(graph), {BLOCK_SIZE_DIM: block_size})
+        sizes = {BLOCK_SIZE_DIM: block_size}
+        calls = [call for graph in graphs for call in calls_of(ir.load(graph), sizes)]
         archs = {arch_for(int(capability.replace(".", ""))) for capability in compute_capabilities}
         kernels = {arch: kernels_for(calls, arch) for arch in archs}
         total = sum(map(len, kernels.values()))

@@ -30,8 +30,10 @@ def build_rank_engine(
     cache: EngineCache | None,
     on_progress: OnProgress,
     kernels: Bundle | None = None,
+    tp_size: int = 1,
 ) -> EngineInfo:
-    """Write the engine of the ONNX file `graph`, which the builder wrote, beside it.
+    """Write the engine of the ONNX file `graph`, which the builder wrote, beside it. `tp_size` ranks share
+    its layers.
 
     With `kernels` the operators that have some become plugins, as only full TensorRT takes them; they are
     registered for this process. Raises EngineBuildError if TensorRT cannot build it. Paths in the result are
@@ -39,10 +41,10 @@ def build_rank_engine(
     """
     on_progress(0.0, "lower graph")
     if kernels is None:
-        model = lower(graph, kv_cache.block_size)
+        model = lower(graph, kv_cache.block_size, tp_size=tp_size)
         proto = ir.to_proto(model)
     else:
-        model, proto = lower_for_plugins(graph, kv_cache.block_size)
+        model, proto = lower_for_plugins(graph, kv_cache.block_size, tp_size)
         register_plugins(target.package, kernels)
     serialized = proto.SerializeToString(deterministic=True)
     profiles = make_profiles(target.package, limits, kv_cache)

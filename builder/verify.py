@@ -11,8 +11,10 @@ from trtforge import wire
 from trtforge.errors import EngineBuildError
 
 
-def verify_graph(path: Path, num_layers: int) -> None:
+def verify_graph(path: Path, num_layers: int, *, is_first: bool = True, is_last: bool = True) -> None:
     """Check that the ONNX file is valid, has the contract's inputs and outputs and all of its weights.
+
+    `is_first` and `is_last` say which pipeline stage it is.
 
     Raises EngineBuildError naming what is wrong.
     """
@@ -23,9 +25,10 @@ def verify_graph(path: Path, num_layers: int) -> None:
         raise EngineBuildError(f"the graph {path.name} that was written is not valid: {error}") from error
     graph = onnx.load(str(path), load_external_data=False).graph
     layers = range(num_layers)
-    wanted_inputs = [tensor.name for tensor in wire.GRAPH_INPUTS] + [wire.kv_cache_input(i) for i in layers]
+    wanted_inputs = [*wire.stage_inputs(is_first=is_first, is_last=is_last)]
+    wanted_inputs += [wire.kv_cache_input(i) for i in layers]
     _compare("inputs", [value.name for value in graph.input], wanted_inputs)
-    wanted_outputs = [wire.LOGITS] + [wire.kv_cache_output(i) for i in layers]
+    wanted_outputs = [wire.stage_output(is_last=is_last)] + [wire.kv_cache_output(i) for i in layers]
     _compare("outputs", [value.name for value in graph.output], wanted_outputs)
     for tensor in graph.initializer:
         if external_data_helper.uses_external_data(tensor):

@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
 )
 
 from trtforge.builder.checkpoint import Checkpoint, TensorEntry
+from trtforge.builder.columns import Columns
 from trtforge.builder.quantization.weights import QuantizedLinear
 from trtforge.errors import ExportError
 
@@ -56,13 +57,14 @@ class WeightSource:
     """A weight's name in the model, shape, and the pieces whose elements, one after the other, are its
     elements in C order. Weights that are tied are one, under the name that is stored.
 
-    A weight that is stored quantized has no pieces.
+    A weight that is stored quantized has no pieces. One of some `columns` has the pieces of all of them.
     """
 
     name: str
     shape: tuple[int, ...]
     pieces: tuple[TensorEntry, ...]
     quantized: QuantizedLinear | None = None
+    columns: Columns | None = None
 
     def chunks(self) -> Iterator[tuple[str, bytes]]:
         """The stored bytes, a few MiB at a time, each with the dtype it is stored in."""
@@ -96,8 +98,12 @@ class CheckpointTensor(ir.LazyTensor):  # type: ignore[misc]
         return ir.Tensor(array.reshape(self._source.shape), dtype=self.dtype, name=self.name)
 
     def _chunks(self) -> Iterator[bytes]:
-        for stored, data in self._source.chunks():
-            yield data if IR_DTYPES[stored] == self.dtype else self._convert(IR_DTYPES[stored], data)
+        chunks = (
+            data if IR_DTYPES[stored] == self.dtype else self._convert(IR_DTYPES[stored], data)
+            for stored, data in self._source.chunks()
+        )
+        columns = self._source.columns
+        return chunks if columns is None else columns.keep(chunks, int(self.dtype.itemsize))
 
     def _convert(self, stored: ir.DataType, data: bytes) -> bytes:
         values = torch.frombuffer(bytearray(data), dtype=_TORCH_DTYPES[stored])
@@ -251,7 +257,7 @@ def attach_weights(
         if name not in sources:
             raise ExportError(f"the checkpoint lacks {name}, which the model needs")
         value.name = sources[name].name
-        value.const_value = _tensor(value.dtype, sources[name])
+        value.const_value = make_tensor(value.dtype, sources[name])
         graph.initializers[value.name] = value
 
 
@@ -260,11 +266,12 @@ def is_weight(initializer: ir.Value) -> bool:
     return isinstance(initializer.const_value, ir.ExternalTensor | ir.LazyTensor)
 
 
-def _tensor(dtype: ir.DataType, source: WeightSource) -> ir.TensorProtocol:
+def make_tensor(dtype: ir.DataType, source: WeightSource) -> ir.TensorProtocol:
+    """The weight in `dtype`; nothing is read yet."""
     if source.quantized is not None:
         return _dequantized_tensor(dtype, source.name, source.quantized)
     first = source.pieces[0]
-    if len(source.pieces) > 1 or IR_DTYPES.get(first.dtype) != dtype:
+    if len(source.pieces) > 1 or IR_DTYPES.get(first.dtype) != dtype or source.columns is not None:
         return CheckpointTensor(dtype, source)
     return ir.ExternalTensor(
         first.file.name,

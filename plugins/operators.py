@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from trtforge.plugins.all_reduce import function as all_reduce
+from trtforge.plugins.all_reduce.op import ALL_REDUCE
+from trtforge.plugins.all_reduce.reference import all_reduce as all_reduce_reference
 from trtforge.plugins.fp8_gemm import function as fp8_gemm
 from trtforge.plugins.fp8_gemm.op import FP8_GEMM
 from trtforge.plugins.fp8_gemm.reference import fp8_gemm as fp8_gemm_reference
@@ -36,6 +39,7 @@ from trtforge.plugins.silu_mul.reference import silu_mul as silu_mul_reference
 
 _PARTS = (
     (ADD_RMS_NORM, add_rms_norm_reference, rms_norm.write_body),
+    (ALL_REDUCE, all_reduce_reference, all_reduce.write_body),
     (FP8_GEMM, fp8_gemm_reference, fp8_gemm.write_body),
     (INT4_GEMM, int4_gemm_reference, int4_gemm.write_body),
     (LINEAR, linear_reference, linear.write_body),

@@ -10,6 +10,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 # Torch's threads wait for each other: where others have the cores, two are many times slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import itertools
 import json
 import shutil
 import sys
@@ -26,7 +27,7 @@ from trtforge.builder.build import build
 from trtforge.builder.demo_model import fetch_demo_model
 from trtforge.builder.options import BuildOptions
 from trtforge.builder.repository import VERSION_FOLDER, install_triton_model
-from trtforge.manifest import KVCacheLayout, LayerCache, Limits, Manifest, ModelInfo
+from trtforge.manifest import KVCacheLayout, LayerCache, Limits, Manifest, ModelInfo, Rank
 
 CACHE = Path(__file__).parents[1] / ".cache"
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -80,14 +81,17 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_fake_repository(
     tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path
 ) -> Callable[..., Path]:
-    """`make_fake_repository(num_blocks=..., block_size=..., **limits)`: a new Triton model repository.
+    """`make_fake_repository(num_blocks=..., block_size=..., tp_size=..., pp_size=..., **limits)`: a new
+    Triton model repository.
 
-    Its one model is called "llm" and is served by the fake executor. It has no end-of-sequence token,
-    which the fake would choose at random: answers are as long as max_tokens says.
+    Its one model is called "llm" and is served by the fake executor, or by one on each rank. It has no
+    end-of-sequence token, which the fake would choose at random: answers are as long as max_tokens says.
     """
     vocab_size = tokenizers.Tokenizer.from_file(str(tiny_tokenizer / "tokenizer.json")).get_vocab_size()
 
-    def make(*, num_blocks: int = 512, block_size: int = 16, **limits: int) -> Path:
+    def make(
+        *, num_blocks: int = 512, block_size: int = 16, tp_size: int = 1, pp_size: int = 1, **limits: int
+    ) -> Path:
         repository = tmp_path_factory.mktemp("repository")
         chosen = {"max_model_len": 512, "max_num_seqs": 64, "max_num_batched_tokens": 1024} | limits
         manifest = Manifest(
@@ -106,10 +110,12 @@ def make_fake_repository(
                 dtype="float32",
                 block_size=block_size,
                 num_blocks=num_blocks,
-                layers=(LayerCache(num_kv_heads=1, head_dim=1),),
+                layers=(LayerCache(num_kv_heads=1, head_dim=1),) * pp_size,
             ),
             limits=Limits(**chosen),
-            ranks=(),
+            tp_size=tp_size,
+            pp_size=pp_size,
+            ranks=_fake_ranks(tp_size, pp_size, vocab_size) if tp_size * pp_size > 1 else (),
             files={},
         )
         install_triton_model(repository / "llm", manifest)
@@ -117,6 +123,17 @@ def make_fake_repository(
         return repository
 
     return make
+
+
+def _fake_ranks(tp_size: int, pp_size: int, vocab_size: int) -> tuple[Rank, ...]:
+    """With a layer for each stage, and columns for the ranks of the last one."""
+    bounds = [vocab_size * rank // tp_size for rank in range(tp_size + 1)]
+    columns = [(0, 0)] * (tp_size * (pp_size - 1)) + list(itertools.pairwise(bounds))
+    layers = (LayerCache(num_kv_heads=1, head_dim=1),)
+    return tuple(
+        Rank(onnx=f"rank{rank}/model.onnx", kv_layers=layers, logits_columns=wanted)
+        for rank, wanted in enumerate(columns)
+    )
 
 
 @pytest.fixture(scope="session")

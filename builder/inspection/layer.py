@@ -62,14 +62,15 @@ def _is_attention(node: ir.Node) -> bool:
 
 
 def _hidden_state_nodes(graph: ir.Graph) -> list[ir.Node]:
-    """Nodes on the ways from input_ids to the logits, in the graph's order, which is topological."""
-    forward = {value for value in graph.inputs if value.name == wire.GRAPH_INPUTS[0].name}
+    """Nodes on the ways from tokens to logits, or hidden states of a pipeline stage in their place, in the
+    graph's order, which is topological."""
+    forward = {value for value in graph.inputs if value.name in ("input_ids", wire.HIDDEN_STATES)}
     nodes = []
     for node in graph:
         if node.op_type not in _SHAPE_OPERATORS and not forward.isdisjoint(node.inputs):
             forward.update(node.outputs)
             nodes.append(node)
-    backward = {value for value in graph.outputs if value.name == wire.LOGITS}
+    backward = {value for value in graph.outputs if value.name in (wire.LOGITS, wire.HIDDEN_STATES_OUT)}
     result = []
     for node in reversed(nodes):
         if not backward.isdisjoint(node.outputs):

@@ -14,6 +14,8 @@ from trtforge.builder.repository import VERSION_FOLDER
 from trtforge.errors import ConfigError
 from trtforge.manifest import Manifest, find_manifest_folder
 
+_ANY_SIZE = "any size"  # of a dim that the manifest does not know
+
 
 class Finding(Facts):
     """What is wrong with one file."""
@@ -43,14 +45,14 @@ class InspectionReport(Facts):
         manifest = Manifest.load(folder)
         graphs: list[GraphFacts] = []
         findings = []
-        for rank in manifest.ranks:
+        for number, rank in enumerate(manifest.ranks):
             try:
                 graph, of_data = _inspect_graph(folder / rank.onnx)
             except ConfigError as error:
                 findings.append(Finding(file=str(folder / rank.onnx), problem=str(error)))
                 continue
-            graphs.append(graph)
-            findings += [*of_data, *_contract_findings(graph, folder / rank.onnx, manifest)]
+            graphs.append(graph.model_copy(update={"file": rank.onnx}))
+            findings += [*of_data, *_contract_findings(graph, folder / rank.onnx, manifest, number)]
         explained = {finding.file for finding in findings}
         findings += [found for found in _file_findings(folder, manifest) if found.file not in explained]
         return cls(path=str(folder), manifest=manifest, graphs=tuple(graphs), findings=tuple(findings))
@@ -118,19 +120,31 @@ def _file_findings(folder: Path, manifest: Manifest) -> Iterator[Finding]:
             yield Finding(file=str(file), problem=problem)
 
 
-def _contract_findings(graph: GraphFacts, file: Path, manifest: Manifest) -> Iterator[Finding]:
-    """Where the graph is not the one that its manifest describes."""
-    caches = [
-        ("num_blocks", 2, "block_size", layer.num_kv_heads, layer.head_dim)
-        for layer in manifest.kv_cache.layers
-    ]
-    inputs: dict[str, tuple[str | int, ...]] = {tensor.name: tensor.dims for tensor in wire.GRAPH_INPUTS}
-    inputs |= {wire.kv_cache_input(index): dims for index, dims in enumerate(caches)}
-    outputs: dict[str, tuple[str | int, ...]] = {wire.LOGITS: ("R", manifest.model.vocab_size)}
-    outputs |= {wire.kv_cache_output(index): dims for index, dims in enumerate(caches)}
+def _contract_findings(graph: GraphFacts, file: Path, manifest: Manifest, number: int) -> Iterator[Finding]:
+    """Where the graph is not that of the rank `number` of its manifest."""
+    rank, stage = manifest.ranks[number], number // manifest.tp_size
+    is_first, is_last = stage == 0, stage == manifest.pp_size - 1
+    start, stop = rank.logits_columns
+    dims: dict[str, tuple[str | int, ...]] = {tensor.name: tensor.dims for tensor in wire.GRAPH_INPUTS}
+    dims |= {
+        wire.LOGITS: ("R", stop - start),
+        wire.HIDDEN_STATES: ("T", _ANY_SIZE),
+        wire.HIDDEN_STATES_OUT: ("T", _ANY_SIZE),
+    }
+    inputs = {name: dims[name] for name in wire.stage_inputs(is_first=is_first, is_last=is_last)}
+    outputs = {name: dims[name] for name in (wire.stage_output(is_last=is_last),)}
+    for index, layer in enumerate(rank.kv_layers):
+        cache = ("num_blocks", 2, "block_size", layer.num_kv_heads, layer.head_dim)
+        inputs[wire.kv_cache_input(index)] = outputs[wire.kv_cache_output(index)] = cache
     for kind, wanted, tensors in (("input", inputs, graph.inputs), ("output", outputs, graph.outputs)):
         found = {tensor.name: tensor.dims for tensor in tensors}
         for name in sorted(wanted.keys() | found.keys()):
-            if wanted.get(name) != found.get(name):
+            if not _are_alike(wanted.get(name), found.get(name)):
                 problem = f"its {kind} {name} is {found.get(name)}, the manifest says {wanted.get(name)}"
                 yield Finding(file=str(file), problem=problem)
+
+
+def _are_alike(wanted: tuple[str | int, ...] | None, found: tuple[int | str | None, ...] | None) -> bool:
+    if wanted is None or found is None or len(wanted) != len(found):
+        return wanted == found
+    return all(dim in (_ANY_SIZE, other) for dim, other in zip(wanted, found, strict=True))

@@ -38,7 +38,7 @@ def _manifest(manifest: Manifest) -> Table:
     table.add_row("build key", manifest.build_key)
     table.add_row("parameters", f"{model.num_parameters:,}")
     table.add_row("vocabulary", f"{model.vocab_size:,} tokens, ends at {list(model.eos_token_ids)}")
-    table.add_row("ranks", str(len(manifest.ranks)))
+    table.add_row("ranks", f"{len(manifest.ranks)}, tp {manifest.tp_size}, pp {manifest.pp_size}")
     table.add_row("KV cache", _cache_text(cache))
     table.add_row("KV cache per token", format_bytes(cache.bytes_per_token))
     total_bytes = cache.num_blocks * cache.block_size * cache.bytes_per_token

@@ -9,20 +9,18 @@ from dataclasses import dataclass, field, replace
 
 from trtforge.builder.planning.deployment import KV_ELEMENT_BYTES, WEIGHT_FORMATS, Deployment
 from trtforge.builder.planning.model_shape import Layer, Matmul, ModelShape
+from trtforge.builder.sharding.split import Range, split_features, split_heads, split_layers
 from trtforge.errors import ConfigError
 
 
 def rank_heads(num_heads: int, num_kv_heads: int, tp: int) -> tuple[int, int]:
-    """Query heads and KV heads of the rank with the most of them.
+    """Query heads and KV heads of the rank with the most of them."""
+    shares = split_heads(num_heads, num_kv_heads, tp)
+    return max(_length(share.heads) for share in shares), max(_length(share.kv_heads) for share in shares)
 
-    Ranks have whole KV heads with their query heads; if there are more ranks than KV heads, ranks share the
-    query heads of one KV head, of which each has a copy.
-    """
-    per_kv_head = num_heads // num_kv_heads
-    if tp <= num_kv_heads:
-        kv_heads = math.ceil(num_kv_heads / tp)
-        return kv_heads * per_kv_head, kv_heads
-    return math.ceil(per_kv_head / (tp // num_kv_heads)), 1
+
+def _length(part: Range) -> int:
+    return part[1] - part[0]
 
 
 def rank_sizes(matmul: Matmul, layer: Layer, tp: int) -> tuple[int, int]:
@@ -33,7 +31,9 @@ def rank_sizes(matmul: Matmul, layer: Layer, tp: int) -> tuple[int, int]:
             heads, kv_heads = rank_heads(layer.num_heads, layer.cache.num_kv_heads, tp)
             size = matmul.per_head * heads + matmul.per_kv_head * kv_heads
         else:
-            size = matmul.parts * math.ceil(sizes[matmul.sharded] / matmul.parts / tp)
+            size = sizes[matmul.sharded] // matmul.parts
+            ranges = split_features(size, tp)
+            size = matmul.parts * (max(map(_length, ranges)) if ranges else size)
         sizes[matmul.sharded] = size
     return sizes["out"], sizes["in"]
 
@@ -89,13 +89,10 @@ def split_model(model: ModelShape, deployment: Deployment) -> tuple[Stage, ...]:
         raise ConfigError(f"--tp {tp} is more than the {fewest} attention heads of {model.architecture}")
     if pp > len(model.layers):
         raise ConfigError(f"--pp {pp} is more than the {len(model.layers)} layers of {model.architecture}")
-    size, longer = divmod(len(model.layers), pp)  # the first stages have one layer more
-    stages, start = [], 0
-    for number in range(pp):
-        end = start + size + (number < longer)
-        stages.append(_stage(model, deployment, model.layers[start:end], number))
-        start = end
-    return tuple(stages)
+    return tuple(
+        _stage(model, deployment, model.layers[start:stop], number)
+        for number, (start, stop) in enumerate(split_layers(len(model.layers), pp))
+    )
 
 
 def _stage(model: ModelShape, deployment: Deployment, layers: Sequence[Layer], number: int) -> Stage:

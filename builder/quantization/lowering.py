@@ -23,11 +23,11 @@ from trtforge.builder.quantization.policy import (
     Lowering,
     Quantization,
     WeightChoice,
-    check_exclusions,
-    choose_group_size,
     find_exclusion,
 )
 from trtforge.builder.quantization.rounding import round_weight
+from trtforge.builder.quantization.slices import take
+from trtforge.builder.quantization.units import rank_group_size
 from trtforge.builder.quantization.weights import QuantizedLinear, QuantizedWeight
 from trtforge.builder.weights import CheckpointTensor, WeightSource
 from trtforge.errors import ConfigError
@@ -63,18 +63,12 @@ def quantize_linears(
     Weights that the checkpoint holds quantized keep their numbers; others are rounded as `quantization`
     says. No data is read before the graph's weights are written, and then one weight at a time.
 
-    Raises ConfigError if `quantization` can be applied to no weight, or excludes one that does not exist.
+    Raises ConfigError if `quantization` can be applied to no weight, or not to the part of one that a rank
+    has.
     """
     latest = LatestParts()
     choices = []
-    weights = [
-        value
-        for value in graph.initializers.values()
-        if value.name in sources and len(value.shape) > 1 and value.dtype in _DTYPE_NAMES
-    ]
-    if quantization is not None:
-        check_exclusions([value.name for value in weights], quantization.exclude)
-    for value in weights:
+    for value in [graph.initializers[name] for name in matrix_names(graph, sources)]:
         found = _choose(value, sources[value.name], lowering, quantization, output_embedding)
         choice = WeightChoice(
             name=value.name,
@@ -93,6 +87,15 @@ def quantize_linears(
         reasons = "; ".join(sorted({choice.reason for choice in choices}))
         raise ConfigError(f"--{quantization.format} can be applied to no weight of this model: {reasons}")
     return tuple(choices)
+
+
+def matrix_names(graph: ir.Graph, sources: Mapping[str, WeightSource]) -> list[str]:
+    """The names of weights of two dims or more, of which some may be quantized."""
+    return [
+        name
+        for name, value in graph.initializers.items()
+        if name in sources and len(value.shape) > 1 and value.dtype in _DTYPE_NAMES
+    ]
 
 
 # --------------------------------------------------------------------------- what a weight becomes
@@ -119,13 +122,26 @@ def _choose(
     pattern = find_exclusion(value.name, quantization.exclude)
     if pattern is not None:
         return f"excluded by {pattern!r}"
-    out_features, in_features = value.shape.numpy()
     group_size = None
     if quantization.format == "int4":
-        group_size = choose_group_size(in_features, quantization.group_size)
+        group_size = rank_group_size(source, quantization)
         if group_size is None:
+            in_features = value.shape[1]
             return f"{in_features} input features are no multiple of {min(GROUP_SIZES)}, the smallest group"
-    tensor = CheckpointTensor(value.dtype, source)
+    linear = _round_later(value.dtype, source, quantization, group_size)
+    return _why_not_lowered(linear, lowering) or linear
+
+
+def _round_later(
+    dtype: ir.DataType, source: WeightSource, quantization: Quantization, group_size: int | None
+) -> QuantizedLinear:
+    """A weight is rounded as if one rank had all of it: a row of 8 bits has one scale, so that a rank with
+    some of its columns rounds all of them. Groups are rounded alone."""
+    columns = source.columns if quantization.format != "int4" else None
+    if columns is not None:
+        source = replace(source, shape=(source.shape[0], columns.size), columns=None)
+    tensor = CheckpointTensor(dtype, source)
+    out_features, in_features = source.shape
     linear = QuantizedLinear(
         quantization.format,
         (out_features, in_features),
@@ -133,7 +149,7 @@ def _choose(
         functools.partial(_round, tensor, quantization, group_size),
         group_size,
     )
-    return _why_not_lowered(linear, lowering) or linear
+    return linear if columns is None else take(source.name, linear, 1, columns.ranges)
 
 
 def _describe(linear: QuantizedLinear, lowering: Lowering) -> str:

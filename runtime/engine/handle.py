@@ -16,6 +16,7 @@ from trtforge.engine_options import EngineOptions
 from trtforge.errors import ConfigError, ServerError
 from trtforge.runtime.engine.messages import (
     Channel,
+    Crashed,
     FromEngine,
     Ready,
     Shutdown,
@@ -48,6 +49,7 @@ class EngineHandle:
         self._is_busy = is_busy
         self._watchdog: SilenceWatchdog | None = None
         self._silence = ""  # why it was killed, if it was for that
+        self._crash = ""  # what it has said of its end
         ours, theirs = socket.socketpair()
         with theirs:
             fd = theirs.fileno()
@@ -94,6 +96,8 @@ class EngineHandle:
         message = self.channel.receive()
         if self._watchdog is not None:
             self._watchdog.heard()
+        if isinstance(message, Crashed):
+            self._crash = message.error
         return message
 
     @property
@@ -131,6 +135,8 @@ class EngineHandle:
     def _in_words(self, status: int) -> str:
         if self._silence:
             return self._silence
+        if self._crash:
+            return self._crash
         if status == -STEP_TIMEOUT_SIGNAL:
             return f"a step took longer than {self._step_timeout_s:g} s"
         return f"exit status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"

@@ -41,6 +41,12 @@ class StartupFailed(msgspec.Struct, frozen=True, tag="startup_failed"):
     error: str
 
 
+class Crashed(msgspec.Struct, frozen=True, tag="crashed"):
+    """The process ends because a step failed in a way after which nothing can be trusted."""
+
+    error: str
+
+
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
     """Everything that one step produced."""
 
@@ -57,7 +63,7 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
 
 
 ToEngine = Add | Cancel | Shutdown
-FromEngine = Ready | StartupFailed | Outputs | Refused
+FromEngine = Ready | StartupFailed | Crashed | Outputs | Refused
 
 Sent = TypeVar("Sent")
 Received = TypeVar("Received")

@@ -32,6 +32,7 @@ from trtforge.runtime.engine.messages import (
     Add,
     Cancel,
     Channel,
+    Crashed,
     FromEngine,
     Outputs,
     Ready,
@@ -60,7 +61,14 @@ class Compiled:
     grammar: CompiledGrammar | RequestError
 
 
-Inbox = queue.SimpleQueue[ToEngine | Compiled]
+@dataclass(frozen=True, slots=True)
+class ExecutorFailed:
+    """The executor is of no use any more, though it had nothing to do."""
+
+    error: TrtforgeError
+
+
+Inbox = queue.SimpleQueue[ToEngine | Compiled | ExecutorFailed]
 
 
 def main() -> None:
@@ -80,8 +88,11 @@ def main() -> None:
     threading.Thread(target=_receive, args=(channel, inbox), name="receiver", daemon=True).start()
     try:
         status = _serve(arguments.model_dir, arguments.options, channel, inbox)
-    except Exception:
+    except Exception as error:
         logger.critical("the engine crashed", exc_info=True)
+        channel.send(
+            Crashed(str(error) if isinstance(error, TrtforgeError) else f"{type(error).__name__}: {error}")
+        )
         status = TrtforgeError.exit_code
     sys.exit(status)
 
@@ -102,7 +113,9 @@ def _receive(channel: EngineChannel, inbox: Inbox) -> None:
 def _serve(model_dir: Path, options: EngineOptions, channel: EngineChannel, inbox: Inbox) -> int:
     try:
         manifest = Manifest.load(model_dir)
-        executor = create_executor(manifest, model_dir, options)
+        executor = create_executor(
+            manifest, model_dir, options, on_failure=lambda error: inbox.put(ExecutorFailed(error))
+        )
         model = manifest.model
         core = EngineCore(
             executor,
@@ -136,38 +149,48 @@ def run(
 ) -> None:
     """Step while there is work, wait for messages while there is none; return on Shutdown.
 
-    What escapes from a step ends the process: nothing is known about the core's state then.
+    What escapes from a step ends the process, as does what befalls the executor between steps: nothing is
+    known about the core's state then.
     """
     while True:
         while not (core.has_work() and inbox.empty()):
             if not core.has_work():
                 watchdog.disarm()
             message = inbox.get()
-            match message:
-                case Shutdown():
-                    core.close()
-                    watchdog.disarm()
-                    return
-                case Add(request) if request.sampling.guided is not None:
-                    grammars.submit(request)
-                case Add(request):
-                    _add(core, request, None, channel)
-                case Compiled(request, grammar):
-                    if grammars.finish(request.request_id):
-                        _add(core, request, grammar, channel)
-                    else:
-                        stats = msgspec.structs.replace(
-                            core.stats, step_s=0.0
-                        )  # of the last step: told already
-                        channel.send(Outputs([EngineOutput(request.request_id, (), "cancelled")], stats))
-                case Cancel(request_id, index):
-                    grammars.cancel(request_id)
-                    core.cancel(request_id, index)
+            if isinstance(message, Shutdown):
+                core.close()
+                watchdog.disarm()
+                return
+            _take(message, core, channel, grammars)
         # Until the next step begins, since this one ends with the executor at work on the next.
         watchdog.arm()
         outputs = core.step()
         # Also without outputs: the client takes an engine that is silent for too long for dead.
         channel.send(Outputs(outputs, core.stats))
+
+
+def _take(
+    message: Add | Cancel | Compiled | ExecutorFailed,
+    core: EngineCore,
+    channel: EngineChannel,
+    grammars: GrammarWorker,
+) -> None:
+    match message:
+        case Add(request) if request.sampling.guided is not None:
+            grammars.submit(request)
+        case Add(request):
+            _add(core, request, None, channel)
+        case Compiled(request, grammar):
+            if grammars.finish(request.request_id):
+                _add(core, request, grammar, channel)
+            else:
+                stats = msgspec.structs.replace(core.stats, step_s=0.0)  # of the last step: told already
+                channel.send(Outputs([EngineOutput(request.request_id, (), "cancelled")], stats))
+        case Cancel(request_id, index):
+            grammars.cancel(request_id)
+            core.cancel(request_id, index)
+        case ExecutorFailed(error):
+            raise error
 
 
 def _add(

@@ -34,11 +34,14 @@ class FakeExecutor:
         num_host_blocks: int = 0,
         window: int | None = None,
         step_delay_s: float = 0.0,
+        columns: tuple[int, int] | None = None,
     ) -> None:
-        """Logits depend on the last `window` tokens, or all; `step_delay_s` is slept in every step."""
+        """Logits depend on the last `window` tokens, or all; `step_delay_s` is slept in every step. `columns`
+        are start and stop of the tokens whose logits are returned, of all by default."""
         self._spec = KVCacheSpec(block_size, num_blocks, num_host_blocks)
         self._window = window
         self._step_delay_s = step_delay_s
+        self._columns = None if columns is None else slice(*columns)
         num_slots = num_blocks * block_size
         self._token_ids = np.full(num_slots, _EMPTY, dtype=np.int32)
         self._position_ids = np.full(num_slots, _EMPTY, dtype=np.int32)
@@ -73,6 +76,8 @@ class FakeExecutor:
         wanted = inputs.logits_indices
         hashes = self._hash_histories(inputs.block_tables[rows[wanted]], inputs.position_ids[wanted] + 1)
         windows = (hashes >> np.uint64(64 - _WINDOW_BITS)).astype(np.int64)
+        if self._columns is not None:
+            return ModelOutputs(logits=self._windows[windows, self._columns])
         return ModelOutputs(logits=self._windows[windows], argmax=self._argmax(windows))
 
     def close(self) -> None:

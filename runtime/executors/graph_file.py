@@ -27,7 +27,8 @@ def read_graph_file(path: Path, num_layers: int) -> onnx.GraphProto:
     for file, end_bytes in weight_files(path.parent, graph).items():
         if not file.is_file() or file.stat().st_size < end_bytes:
             raise ConfigError(f"{file} is missing or cut short: build the model again")
-    caches = {value.name for value in graph.input} - {tensor.name for tensor in wire.GRAPH_INPUTS}
+    others = {wire.HIDDEN_STATES, *(tensor.name for tensor in wire.GRAPH_INPUTS)}
+    caches = {value.name for value in graph.input} - others
     if caches != {wire.kv_cache_input(layer) for layer in range(num_layers)}:
         raise ConfigError(
             f"{path} has {len(caches)} cache inputs, its manifest {num_layers} layers: build the model again"

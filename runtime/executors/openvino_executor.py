@@ -6,15 +6,18 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import openvino as ov
 
 from trtforge import wire
 from trtforge.errors import CapacityError, ConfigError, EngineBuildError, ServerError
 from trtforge.manifest import DType, KVCacheLayout, Manifest
-from trtforge.runtime.executor import Int32Array, KVCacheSpec, ModelInputs, ModelOutputs
+from trtforge.runtime.executor import KVCacheSpec, ModelInputs, ModelOutputs
 from trtforge.runtime.executors.cache_arrays import move_blocks
+from trtforge.runtime.executors.openvino_all_reduce import RankSums
 from trtforge.runtime.executors.openvino_graph import (
     BLOCK_SIZE,
     key_cache_input,
@@ -22,6 +25,7 @@ from trtforge.runtime.executors.openvino_graph import (
     value_cache_input,
 )
 from trtforge.runtime.executors.step_checks import check_step, require
+from trtforge.runtime.parallel.communicator import Communicator
 from trtforge.runtime.scheduling.block_moves import BlockMoves
 
 logger = logging.getLogger(__name__)
@@ -43,9 +47,16 @@ class OpenVINOExecutor:
     """
 
     def __init__(
-        self, model_dir: Path, manifest: Manifest, *, threads: int, num_host_blocks: int = 0
+        self,
+        model_dir: Path,
+        manifest: Manifest,
+        *,
+        threads: int,
+        num_host_blocks: int = 0,
+        communicator: Communicator | None = None,
     ) -> None:
-        """Load the graph in `model_dir` and allocate its cache; `threads` 0 takes all cores allowed.
+        """Load the graph in `model_dir` and allocate its cache; `threads` 0 takes all cores allowed. Of a
+        model on several ranks, `manifest` is this one's alone and `communicator` leads to the others.
 
         Raises ConfigError for a manifest or number of threads that OpenVINO cannot serve, EngineBuildError
         if it does not take the graph, and CapacityError if there is no memory for the cache.
@@ -67,7 +78,13 @@ class OpenVINOExecutor:
         # In one thread the plugin's fused bfloat16 MLP divides by zero, which ends the process. It does
         # not fuse MLPs whose weights are [in, out].
         transpose_weights = threads == 1 and dtype == "bfloat16"
-        model = read_graph(path, manifest.kv_cache.layers, transpose_weights=transpose_weights)
+        self._communicator = communicator
+        self._is_first = communicator is None or communicator.is_first
+        self._is_last = communicator is None or communicator.is_last
+        self._sums = None if communicator is None else RankSums(communicator)
+        model = read_graph(
+            path, manifest.kv_cache.layers, transpose_weights=transpose_weights, sums=self._sums
+        )
         config = {
             "INFERENCE_PRECISION_HINT": _PRECISIONS[dtype],
             "KV_CACHE_PRECISION": _PRECISIONS[dtype],
@@ -80,6 +97,8 @@ class OpenVINOExecutor:
         if manifest.dtype == "float32":
             # Else the plugin rounds activations to 8 bits for weights of integers, which is faster.
             config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
+        # Of what comes from the stage before this one.
+        self._hidden_size = 0 if self._is_first else _hidden_size(model)
         try:
             request = ov.Core().compile_model(model, "CPU", config).create_infer_request()
         except RuntimeError as error:
@@ -92,7 +111,7 @@ class OpenVINOExecutor:
             np.empty((num_host_blocks, *cache.data.shape[1:]), cache.data.dtype) for cache in self._caches
         ]
         self._request: ov.InferRequest | None = request
-        self._feeds: dict[str, Int32Array] = {}
+        self._feeds: dict[str, npt.NDArray[Any]] = {}
         logger.info("%s: %s, %d threads, %s", path, dtype, threads, self._spec)
 
     def kv_cache_spec(self) -> KVCacheSpec:
@@ -108,7 +127,8 @@ class OpenVINOExecutor:
         """Run one step.
 
         Raises ValueError, before anything is stored, for inputs that contradict each other or point
-        outside the cache or the vocabulary, and ServerError if OpenVINO fails.
+        outside the cache or the vocabulary, and ServerError if OpenVINO or another rank fails. A rank's
+        logits are those of its columns; of a stage that is not the last there are none.
         """
         if self._request is None:
             raise ServerError("the executor is closed")
@@ -123,9 +143,7 @@ class OpenVINOExecutor:
         used = np.arange(inputs.block_tables.shape[1]) < num_blocks_used[:, None]
         # Kept until the next step: OpenVINO reads the arrays where they are.
         self._feeds = {
-            "input_ids": inputs.input_ids,
-            "position_ids": inputs.position_ids,
-            "logits_indices": inputs.logits_indices,
+            **self._token_feeds(inputs),
             "past_lens": past_lens,
             "subsequence_begins": inputs.cu_seqlens,
             "block_indices": inputs.block_tables[used],
@@ -140,7 +158,26 @@ class OpenVINOExecutor:
             raise ServerError(
                 f"OpenVINO failed in a step of {len(inputs.input_ids)} tokens: {error}"
             ) from error
-        return ModelOutputs(logits=self._request.get_tensor(wire.LOGITS).data)
+        if self._sums is not None:
+            self._sums.check()
+        out = self._request.get_tensor(wire.stage_output(is_last=self._is_last)).data
+        if self._communicator is None or self._is_last:
+            return ModelOutputs(logits=out)
+        self._communicator.send(out)
+        return ModelOutputs(logits=np.empty((len(inputs.logits_indices), 0), np.float32))
+
+    def _token_feeds(self, inputs: ModelInputs) -> dict[str, npt.NDArray[Any]]:
+        """Inputs of this stage's graph; waits for the stage before it, if there is one."""
+        feeds: dict[str, npt.NDArray[Any]] = {"position_ids": inputs.position_ids}
+        if self._is_last:
+            feeds["logits_indices"] = inputs.logits_indices
+        if self._communicator is None or self._is_first:
+            feeds["input_ids"] = inputs.input_ids
+        else:
+            hidden_states = np.empty((len(inputs.input_ids), self._hidden_size), np.float32)
+            self._communicator.receive(hidden_states)
+            feeds[wire.HIDDEN_STATES] = hidden_states
+        return feeds
 
     def close(self) -> None:
         """Release the model and its cache."""
@@ -164,6 +201,11 @@ def _check_manifest(manifest: Manifest) -> None:
             f"OpenVINO's KV cache has blocks of {BLOCK_SIZE} tokens, not {cache.block_size}: build with "
             f"--block-size {BLOCK_SIZE}"
         )
+
+
+def _hidden_size(model: ov.Model) -> int:
+    size: int = model.input(wire.HIDDEN_STATES).get_partial_shape()[1].get_length()
+    return size
 
 
 def _bind_cache(request: ov.InferRequest, layout: KVCacheLayout) -> list[ov.Tensor]:

@@ -23,12 +23,14 @@ from trtforge.errors import ConfigError, EngineBuildError
 from trtforge.manifest import LayerCache
 from trtforge.plugins.paged_attention.op import PAGED_ATTENTION
 from trtforge.runtime.executors.graph_file import read_graph_file, weight_files
+from trtforge.runtime.executors.openvino_all_reduce import RankSums
 from trtforge.runtime.executors.openvino_passes import compute_in_float32, is_constant, merge_projections
 from trtforge.runtime.executors.openvino_weights import dequantization_converter
 
 BLOCK_SIZE = 32  # tokens; fixed in the CPU plugin
 
 _DOMAIN = "trtforge"
+_ALONE = ("Linear", "PagedAttention")  # the domain's operators that are known without other ranks
 _INPUTS = tuple(tensor.name for tensor in PAGED_ATTENTION.inputs)
 
 # Inputs of the operator, in the order of the OpenVINO release that pyproject.toml pins.
@@ -83,8 +85,8 @@ _OFF: Mapping[str, npt.NDArray[Any]] = {
     "qq_bias_begins": np.empty(0, np.int32),
 }
 
-# Inputs of the packed graph that stay as they are.
-TOKEN_INPUTS = ("input_ids", "position_ids", "logits_indices")
+# Inputs of the packed graph that stay as they are; a pipeline stage has some of them.
+TOKEN_INPUTS = ("input_ids", wire.HIDDEN_STATES, "position_ids", "logits_indices")
 
 # Inputs that all attention operators share, and their ranks; int32.
 STEP_INPUTS: Mapping[str, int] = {
@@ -106,23 +108,32 @@ def value_cache_input(layer: int) -> str:
     return f"value_cache.{layer}"
 
 
-def read_graph(path: Path, layers: tuple[LayerCache, ...], *, transpose_weights: bool = False) -> ov.Model:
+def read_graph(
+    path: Path,
+    layers: tuple[LayerCache, ...],
+    *,
+    transpose_weights: bool = False,
+    sums: RankSums | None = None,
+) -> ov.Model:
     """Read the graph that the builder wrote, for the CPU plugin.
 
     Inputs are TOKEN_INPUTS, STEP_INPUTS and two caches a layer, whose type and shape the plugin chooses when
-    it compiles; the only output is logits. Weights stay in the graph's files, mapped into memory;
-    `transpose_weights` copies those of Linear nodes to [in, out].
+    it compiles; the only output is logits, or hidden states of a stage that is not the last. Weights stay in
+    the graph's files, mapped into memory; `transpose_weights` copies those of Linear nodes to [in, out].
+    `sums` are those of AllReduce nodes, which no other graph may have.
 
     Raises ConfigError if there is no graph or OpenVINO's operators cannot express it, and EngineBuildError
     if OpenVINO does not read it.
     """
-    graph = _check_graph(path, len(layers))
+    graph = _check_graph(path, len(layers), _ALONE if sums is None else (*_ALONE, "AllReduce"))
     types = {value.name: value.type.tensor_type.elem_type for value in graph.input}
     is_bfloat16 = types[wire.kv_cache_input(0)] == onnx.TensorProto.BFLOAT16
     core = ov.Core()
     core.add_extension(ConversionExtension("Linear", _DOMAIN, _linear_converter(transpose_weights)))
     core.add_extension(ConversionExtension("DequantizeLinear", "", dequantization_converter(is_bfloat16)))
     core.add_extension(ConversionExtension("PagedAttention", _DOMAIN, _attention_converter(layers)))
+    if sums is not None:
+        core.add_extension(ConversionExtension("AllReduce", _DOMAIN, sums.converter()))
     try:
         model = core.read_model(path)
         _connect_attention(model, len(layers))
@@ -137,11 +148,11 @@ def read_graph(path: Path, layers: tuple[LayerCache, ...], *, transpose_weights:
     return model
 
 
-def _check_graph(path: Path, num_layers: int) -> onnx.GraphProto:
+def _check_graph(path: Path, num_layers: int, known: tuple[str, ...]) -> onnx.GraphProto:
     """The graph, without what would fail somewhere inside OpenVINO: that is refused by name."""
     graph = read_graph_file(path, num_layers)
     for node in graph.node:
-        if node.domain == _DOMAIN and node.op_type not in ("Linear", "PagedAttention"):
+        if node.domain == _DOMAIN and node.op_type not in known:
             raise ConfigError(
                 f"{path} has {node.op_type} nodes, which the openvino runtime does not execute yet: models "
                 "with them cannot be served on a CPU"
@@ -277,7 +288,7 @@ def _connect_attention(model: ov.Model, num_layers: int) -> None:
         for name, parameter in (shared | caches).items():
             node.input(PAGED_ATTENTION_INPUTS.index(name)).replace_source_output(parameter.output(0))
     for result in model.get_results():
-        if wire.LOGITS not in result.output(0).get_names():
+        if not result.output(0).get_names() & {wire.LOGITS, wire.HIDDEN_STATES_OUT}:
             model.remove_result(result)
     for parameter in model.get_parameters():
         if not parameter.output(0).get_names() & set(TOKEN_INPUTS):

@@ -56,6 +56,9 @@ def compute_in_float32(model: ov.Model) -> None:
     The CPU plugin is made for such models: it chooses where to compute in bfloat16, and fuses each norm
     with its weight, which bfloat16 types between them prevent.
     """
+    for parameter in model.get_parameters():
+        if parameter.get_element_type() == ov.Type.bf16:  # what comes from another pipeline stage
+            parameter.set_element_type(ov.Type.f32)
     for node in model.get_ordered_ops():
         if node.get_type_name() == "Convert" and node.get_output_element_type(0) == ov.Type.bf16:
             node.output(0).replace(node.input_value(0))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import onnx
 import torch
 from torch import Tensor
 
 from trtforge import wire
-from trtforge.errors import CapacityError, ServerError
+from trtforge.errors import CapacityError, ConfigError, ServerError
 from trtforge.manifest import KVCacheLayout, Manifest
 from trtforge.runtime.executor import KVCacheSpec, ModelInputs, ModelOutputs
 from trtforge.runtime.executors.decode_batches import step_arrays
@@ -20,15 +23,27 @@ from trtforge.runtime.executors.kernel_calls import Launcher
 from trtforge.runtime.executors.memory_budget import available_memory_bytes
 from trtforge.runtime.executors.step_checks import check_step
 from trtforge.runtime.executors.torch_graph import Program, compile_graph
+from trtforge.runtime.executors.torch_links import DeviceLinks, HostLinks, Links
+from trtforge.runtime.executors.torch_operation import torch_dtype
 from trtforge.runtime.executors.torch_operators import Operators
+from trtforge.runtime.parallel.communicator import Communicator
 from trtforge.runtime.scheduling.block_moves import BlockMoves, Move
 
 logger = logging.getLogger(__name__)
 
 
-def default_device() -> torch.device:
-    """The current GPU, if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def default_device(rank: int = 0, num_ranks: int = 1) -> torch.device:
+    """The GPU of a rank, if there are GPUs; it is the current one then.
+
+    Raises ConfigError if there are fewer than ranks.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    num_devices = torch.cuda.device_count()
+    if num_devices < num_ranks:
+        raise ConfigError(f"the model has {num_ranks} ranks, and this machine {num_devices} GPUs for them")
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
 
 
 def available_device_bytes(device: torch.device) -> int:
@@ -37,6 +52,23 @@ def available_device_bytes(device: torch.device) -> int:
         free_bytes, _ = torch.cuda.mem_get_info(device)
         return free_bytes
     return available_memory_bytes()
+
+
+@dataclass(frozen=True, slots=True)
+class RankLinks:
+    """A rank's place in the pipeline, and the way to the others."""
+
+    links: Links
+    is_first: bool
+    is_last: bool
+
+    @classmethod
+    def of(cls, communicator: Communicator, device: torch.device, timeout_s: float) -> RankLinks:
+        """For the executor's device; on a GPU, waits for the other ranks."""
+        links: Links = HostLinks(communicator)
+        if device.type == "cuda":
+            links = DeviceLinks(communicator, device, timeout_s=timeout_s)
+        return cls(links, communicator.is_first, communicator.is_last)
 
 
 class ReferenceExecutor:
@@ -53,9 +85,11 @@ class ReferenceExecutor:
         launcher: Launcher | None = None,
         threads: int = 0,
         num_host_blocks: int = 0,
+        rank_links: RankLinks | None = None,
     ) -> None:
         """Load the graph in `model_dir` and allocate its cache. `launcher` is one of `device`; `threads` are
-        those of a CPU, for the whole process: 0 leaves them as they are.
+        those of a CPU, for the whole process: 0 leaves them as they are. Of a model on several ranks,
+        `manifest` is this one's alone and `rank_links` lead to the others.
 
         Raises ConfigError for a graph that cannot be executed, and CapacityError if there is no memory for
         the cache.
@@ -67,13 +101,20 @@ class ReferenceExecutor:
         self._device = device or default_device()
         self._vocab_size = manifest.model.vocab_size
         self._spec = KVCacheSpec(layout.block_size, layout.num_blocks, num_host_blocks)
-        operators = Operators(launcher)
+        self._rank = rank_links
+        operators = Operators(launcher, None if rank_links is None else rank_links.links)
         graph = read_graph_file(path, len(layout.layers))
-        self._program: Program | None = compile_graph(graph, path.parent, self._device, operators.make)
+        output = wire.stage_output(is_last=rank_links is None or rank_links.is_last)
+        self._program: Program | None = compile_graph(
+            graph, path.parent, self._device, operators.make, output
+        )
+        self._hidden_states = _hidden_states(graph)
         self._caches = _allocate_caches(layout, layout.num_blocks, self._device)
         self._host_caches = _allocate_caches(layout, num_host_blocks, torch.device("cpu"))
         self._graphs: DecodeGraphs | None = None
-        if self._device.type == "cuda" and operators.waiting:
+        if self._device.type == "cuda" and rank_links is not None:
+            logger.warning("decode steps are no CUDA graphs: the ranks of a model meet within them")
+        elif self._device.type == "cuda" and operators.waiting:
             names = ", ".join(sorted(operators.waiting))
             logger.warning("decode steps are no CUDA graphs: without kernels, %s waits for the device", names)
         elif self._device.type == "cuda":
@@ -96,20 +137,18 @@ class ReferenceExecutor:
         """Run one step.
 
         Raises ValueError, before anything is stored, for inputs that contradict each other or point outside
-        the cache or the vocabulary.
+        the cache or the vocabulary. A rank's logits are those of its columns; of a stage that is not the last
+        there are none.
         """
         if self._program is None:
             raise ServerError("the executor is closed")
         check_step(inputs, self._spec, self._vocab_size)
+        if self._rank is not None:
+            return self._execute_rank(inputs, self._rank)
         with torch.inference_mode():
             outputs = None if self._graphs is None else self._graphs.run(inputs)
             if outputs is None:
-                outputs = self._run(
-                    {
-                        name: torch.from_numpy(array).to(self._device)
-                        for name, array in step_arrays(inputs).items()
-                    }
-                )
+                outputs = self._run(self._to_device(inputs))
             logits, argmax = _to_host(outputs)
         return ModelOutputs(logits=logits.numpy(), argmax=argmax.numpy())
 
@@ -118,14 +157,41 @@ class ReferenceExecutor:
         self._program = self._graphs = None
         self._caches, self._host_caches = {}, {}
 
-    def _run(self, step: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits, and the likeliest token of each row, -1 where not all are finite."""
+    def _execute_rank(self, inputs: ModelInputs, rank: RankLinks) -> ModelOutputs:
+        step = self._to_device(inputs)
+        with torch.inference_mode():
+            if not rank.is_first:
+                hidden_size, dtype = self._hidden_states
+                step[wire.HIDDEN_STATES] = rank.links.receive((len(inputs.input_ids), hidden_size), dtype)
+            output = self._compute(step)
+            if rank.is_last:
+                return ModelOutputs(logits=output.cpu().numpy())
+            rank.links.send(output)
+        return ModelOutputs(logits=np.empty((len(inputs.logits_indices), 0), np.float32))
+
+    def _to_device(self, inputs: ModelInputs) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(array).to(self._device) for name, array in step_arrays(inputs).items()}
+
+    def _compute(self, step: Mapping[str, Tensor]) -> Tensor:
         if self._program is None:
             raise ServerError("the executor is closed")
-        logits = self._program.run({**step, **self._caches})
+        return self._program.run({**step, **self._caches})
+
+    def _run(self, step: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits, and the likeliest token of each row, -1 where not all are finite."""
+        logits = self._compute(step)
         lowest, highest = torch.aminmax(logits, dim=-1)
         finite = lowest.isfinite() & highest.isfinite()
         return logits, torch.where(finite, logits.argmax(dim=-1), -1).to(torch.int32)
+
+
+def _hidden_states(graph: onnx.GraphProto) -> tuple[int, torch.dtype]:
+    """Size and type of what comes from the stage before this one; no size if this is the first."""
+    for value in graph.input:
+        if value.name == wire.HIDDEN_STATES:
+            tensor = value.type.tensor_type
+            return tensor.shape.dim[1].dim_value, torch_dtype(tensor.elem_type)
+    return 0, torch.float32
 
 
 def _allocate_caches(layout: KVCacheLayout, num_blocks: int, device: torch.device) -> dict[str, Tensor]:

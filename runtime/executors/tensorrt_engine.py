@@ -35,8 +35,12 @@ class Engine:
     Steps run one after the other on one stream, so that all contexts share that memory.
     """
 
-    def __init__(self, path: Path, package: str, stream: DeviceStream) -> None:
-        """Raises ConfigError, with what TensorRT says, for a file that it does not load."""
+    def __init__(self, path: Path, package: str, stream: DeviceStream, peers: Any = None) -> None:
+        """`peers` is the capsule of the NCCL communicator of this rank's stage, if it has others.
+
+        Raises ConfigError, with what TensorRT says, for a file that it does not load.
+        """
+        self._peers = peers
         self._trt = load_package(package)
         self._logger = package_logger(package)
         self._logger.errors.clear()
@@ -66,6 +70,9 @@ class Engine:
         self._require(created is not None, "creating an execution context")
         chosen = created.set_optimization_profile_async(profile, self._stream.handle)
         self._require(chosen, f"choosing the optimization profile {profile}")
+        if self._peers is not None:  # waits until all ranks have come here
+            joined = created.set_communicator(self._peers)
+            self._require(joined, "giving a context the communicator of its ranks")
         created.set_device_memory(self._activations, self.activation_bytes)
         return ExecutionContext(created, self._stream.handle, self._require)
 

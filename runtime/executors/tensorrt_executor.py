@@ -17,10 +17,12 @@ from trtforge.plugins.cuda_driver import Device
 from trtforge.runtime.executor import Float32Array, KVCacheSpec, ModelInputs, ModelOutputs
 from trtforge.runtime.executors.decode_batches import DecodeBatches, step_arrays
 from trtforge.runtime.executors.device_memory import ByteArray, CapturedWork, DeviceStream
-from trtforge.runtime.executors.memory_budget import plan_memory, resize
+from trtforge.runtime.executors.memory_budget import resize
 from trtforge.runtime.executors.step_buffers import Shapes, StepBuffers, profile_for, shapes_of
 from trtforge.runtime.executors.step_checks import check_step
 from trtforge.runtime.executors.tensorrt_engine import Engine, ExecutionContext, register_plugins
+from trtforge.runtime.parallel.nccl import NcclCommunicator
+from trtforge.runtime.parallel.rank_view import RankContext, plan_rank_memory
 from trtforge.runtime.scheduling.block_moves import BlockMoves
 from trtforge.tensorrt_package import PACKAGES, load_package
 
@@ -50,18 +52,30 @@ class TensorRTExecutor:
     """
 
     def __init__(
-        self, model_dir: Path, manifest: Manifest, options: EngineOptions, *, kernels: Path, device: int = 0
+        self,
+        model_dir: Path,
+        manifest: Manifest,
+        options: EngineOptions,
+        *,
+        kernels: Path,
+        context: RankContext | None = None,
     ) -> None:
         """Load the engine in `model_dir`, give the cache its memory and capture decode steps. `kernels` is
-        the folder with the kernels of TensorRT's plugins, `device` CUDA's ordinal.
+        the folder with the kernels of TensorRT's plugins. Of a model on several ranks, `manifest` is this
+        one's alone, `context` leads to the others, and CUDA's device is the one of the rank's number.
 
         Raises ConfigError if the package, a driver, a GPU that the engine was built for or a fitting file is
         missing, CapacityError if there is no memory, and DeviceError for what TensorRT or the GPU refuse.
         """
+        if context is not None and context.communicator.shape.pp_size > 1:
+            raise ConfigError(
+                f"{model_dir} has pipeline stages, which {manifest.runtime} does not execute yet: build it "
+                "with tensor parallelism alone"
+            )
         package = PACKAGES[manifest.runtime]
         version = load_package(package).__version__
         try:
-            gpu = Device(device)
+            gpu = Device(0 if context is None else context.communicator.rank)
         except PluginError as error:
             raise ConfigError(f"{model_dir} needs an NVIDIA GPU: {error}") from error
         capability = f"{gpu.compute_capability // 10}.{gpu.compute_capability % 10}"
@@ -73,7 +87,9 @@ class TensorRTExecutor:
         batches = DecodeBatches.of(manifest.limits, manifest.kv_cache.block_size)
         self._batches = batches if package == "tensorrt" else replace(batches, sizes=())
         self._stream = DeviceStream(gpu)
-        self._engine: Engine | None = Engine(path, package, self._stream)
+        self._peers = None if context is None else NcclCommunicator(context.communicator)
+        capsule = None if self._peers is None else self._peers.capsule
+        self._engine: Engine | None = Engine(path, package, self._stream, capsule)
         self._contexts = [self._engine.create_context(index) for index in range(len(self._profiles))]
         self._decode_contexts = {
             size: self._engine.create_context(self._decode_profile(size)) for size in self._batches.sizes
@@ -82,22 +98,29 @@ class TensorRTExecutor:
         if on_host and self._batches.sizes:
             raise ConfigError(f"{path} reads {on_host} on the host, which decode steps as CUDA graphs cannot")
         self._buffers = StepBuffers(self._profiles, self._stream, on_host)
-        row_bytes = 4 * self._vocab_size
+        start, stop = manifest.ranks[RANK].logits_columns
+        row_bytes = 4 * (stop - start)
         logits_bytes = row_bytes * max(profile.dims["R"].max for profile in self._profiles)
         self._logits = self._stream.allocate(logits_bytes, "the logits of a step")
         # More rows are wanted only for the log probabilities of prompts.
         num_host_rows = manifest.limits.max_num_seqs
         pinned = self._stream.allocate_pinned(row_bytes * num_host_rows, "the logits of a step")
-        self._host_logits: Float32Array = pinned.view(np.float32).reshape(num_host_rows, self._vocab_size)
+        self._host_logits: Float32Array = pinned.view(np.float32).reshape(num_host_rows, stop - start)
 
         step_bytes = self._engine.activation_bytes + self._buffers.num_bytes + logits_bytes
-        budget = plan_memory(manifest, options, self._stream.free_bytes(), step_bytes=step_bytes)
-        logger.info("%s", budget)
+        budget = plan_rank_memory(
+            manifest,
+            options,
+            self._stream.free_bytes(),
+            context,
+            cache_on_host=False,
+            step_bytes=step_bytes,
+        )
         layout = resize(manifest.kv_cache, budget)
         self._spec = KVCacheSpec(layout.block_size, layout.num_blocks, budget.num_host_blocks)
         self._caches = self._allocate_caches(layout)
-        for context in (*self._contexts, *self._decode_contexts.values()):
-            self._bind(context, layout)
+        for used in (*self._contexts, *self._decode_contexts.values()):
+            self._bind(used, layout)
         # The largest one first: what it needs suffices for the others.
         self._graphs = {size: self._capture(size) for size in reversed(self._batches.sizes)}
         logger.info("%s: %s, decode graphs for %s sequences", path, self._spec, self._batches.sizes)
@@ -148,6 +171,8 @@ class TensorRTExecutor:
         self._contexts, self._decode_contexts, self._graphs = [], {}, {}
         self._engine = None
         self._caches = []
+        if self._peers is not None:
+            self._peers.close()
         self._stream.close()
 
     def _enqueue(self, inputs: ModelInputs) -> Float32Array:
@@ -159,7 +184,7 @@ class TensorRTExecutor:
         if num_rows <= len(self._host_logits):
             logits = self._host_logits[:num_rows]
         else:
-            logits = np.empty((num_rows, self._vocab_size), np.float32)
+            logits = np.empty((num_rows, self._host_logits.shape[1]), np.float32)
         self._buffers.stage(arrays)
         context.set_shapes(shapes)
         self._run(context, shapes, logits)

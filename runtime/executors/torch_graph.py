@@ -60,7 +60,7 @@ class Program:
         self._output = output
 
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The logits of a step. `inputs` are the graph's, on its device; caches are written in place."""
+        """The output of a step. `inputs` are the graph's, on its device; caches are written in place."""
         values = self._values.copy()
         for name, place in self._inputs.items():
             values[place] = inputs[name]
@@ -72,19 +72,23 @@ class Program:
                 values[place] = result
             for place in step.frees:
                 values[place] = None
-        logits: Tensor = values[self._output]
-        return logits
+        output: Tensor = values[self._output]
+        return output
 
 
 def compile_graph(
-    graph: onnx.GraphProto, folder: Path, device: torch.device, make_operation: MakeOperation
+    graph: onnx.GraphProto,
+    folder: Path,
+    device: torch.device,
+    make_operation: MakeOperation,
+    output: str = wire.LOGITS,
 ) -> Program:
-    """Make a program of `graph`, whose weights are in files in `folder`.
+    """Make a program of `graph`, whose weights are in files in `folder`, that computes `output`.
 
     On a CPU weights are read where they are, mapped into memory; else they are copied to the device once.
     Raises ConfigError, naming it, for an operator that is not known.
     """
-    return _Compiler(graph, folder, device, make_operation).compile()
+    return _Compiler(graph, folder, device, make_operation).compile(output)
 
 
 class _Form(enum.Enum):
@@ -115,7 +119,7 @@ class _Compiler:
         self._constant_places: dict[tuple[str, _Form], int] = {}
         self._places: dict[str, int] = {}  # of inputs and results
 
-    def compile(self) -> Program:
+    def compile(self, output_name: str) -> Program:
         inputs = {value.name: self._new_place(value.name) for value in self._graph.input}
         calls: list[tuple[Operation, list[int], list[int]]] = []
         for proto in self._graph.node:
@@ -125,7 +129,7 @@ class _Compiler:
                 self._fold(node, operation, places)
             else:
                 calls.append((operation, places, [self._new_place(name) for name in node.outputs]))
-        output = self._places[wire.LOGITS]
+        output = self._places[output_name]
         return Program(self._values, inputs, _free_after_last_use(calls, output), output)
 
     def _new_place(self, name: str) -> int:

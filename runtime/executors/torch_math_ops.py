@@ -111,12 +111,15 @@ def _rotary_embedding(attributes: Attributes, device: torch.device) -> Operation
 
 MATH_OPS: Mapping[str, StandardOp] = {
     "Add": StandardOp(plain(operator.add), takes_numbers=True),
+    "And": StandardOp(plain(torch.logical_and)),
     "Cast": StandardOp(_cast),
     "Cos": StandardOp(plain(torch.cos)),
     "Div": StandardOp(plain(_div), takes_numbers=True),
     "Gelu": StandardOp(_gelu),
     "Gemm": StandardOp(_gemm),
+    "GreaterOrEqual": StandardOp(plain(operator.ge), takes_numbers=True),
     "LayerNormalization": StandardOp(_layer_normalization),
+    "Less": StandardOp(plain(operator.lt), takes_numbers=True),
     "MatMul": StandardOp(plain(torch.matmul)),
     "Mul": StandardOp(plain(operator.mul), takes_numbers=True),
     "Not": StandardOp(plain(torch.logical_not)),

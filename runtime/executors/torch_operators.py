@@ -20,6 +20,7 @@ from trtforge.runtime.executors.kernel_calls import KernelCalls, Launcher
 from trtforge.runtime.executors.operator_shapes import merge_leading_dims, split_leading_dims
 from trtforge.runtime.executors.torch_attention import TorchAttention
 from trtforge.runtime.executors.torch_graph import Node
+from trtforge.runtime.executors.torch_links import Links
 from trtforge.runtime.executors.torch_operation import Operation
 
 # Types that numpy has only with ml_dtypes, and those of the same size that torch gives to numpy.
@@ -32,14 +33,16 @@ _ML_DTYPES: Mapping[torch.dtype, tuple[torch.dtype, Any]] = {
 class Operators:
     """Makes the operations of a graph's own nodes."""
 
-    def __init__(self, launcher: Launcher | None) -> None:
-        """With a launcher, operators that have kernels run by them."""
+    def __init__(self, launcher: Launcher | None, links: Links | None = None) -> None:
+        """With a launcher, operators that have kernels run by them. `links` add over ranks; without them a
+        rank is alone."""
         self._launcher = launcher
         # In torch, each with the number of declared inputs that it knows.
         self._native: Mapping[str, tuple[Operation, int]] = {
             "Linear": (functional.linear, 3),
             "MoeExperts": (moe_experts, 7),
             "PagedAttention": (TorchAttention(), 12),
+            **({} if links is None else {"AllReduce": (links.all_reduce, 1)}),
         }
         # Operators met so far whose operations wait for the device: a CUDA graph cannot contain them.
         self.waiting: set[str] = set()

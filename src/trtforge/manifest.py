@@ -5,10 +5,12 @@ Everything the runtime knows about a model it reads here; it never looks at the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import Self
 
 from trtforge.errors import ConfigError
 
@@ -41,8 +43,13 @@ class LayerCache(_Frozen):
     window: int = Field(default=0, ge=0)  # tokens that a token sees, itself included; 0: all before it
 
 
+def cache_bytes_per_token(layers: Sequence[LayerCache], dtype: DType) -> int:
+    """Bytes that one token occupies in caches of `layers`, keys and values together."""
+    return sum(2 * layer.num_kv_heads * layer.head_dim for layer in layers) * element_bytes(dtype)
+
+
 class KVCacheLayout(_Frozen):
-    """The paged cache: `num_blocks` blocks of `block_size` tokens in every layer."""
+    """The paged cache of the whole model: `num_blocks` blocks of `block_size` tokens in every layer."""
 
     dtype: DType
     block_size: int = Field(gt=0)
@@ -58,8 +65,7 @@ class KVCacheLayout(_Frozen):
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token occupies over all layers, keys and values together."""
-        num_elements = sum(2 * layer.num_kv_heads * layer.head_dim for layer in self.layers)
-        return num_elements * element_bytes(self.dtype)
+        return cache_bytes_per_token(self.layers, self.dtype)
 
 
 class ModelInfo(_Frozen):
@@ -111,12 +117,21 @@ class Rank(_Frozen):
     """One rank's graph, as a file relative to the manifest's folder, and its engine if it has one."""
 
     onnx: str
+    # The caches that the graph has, in its order, each with the KV heads that this rank keeps.
+    kv_layers: tuple[LayerCache, ...] = Field(min_length=1)
+    # Start and stop of the tokens whose logits the graph computes; none in stages before the last.
+    logits_columns: tuple[int, int] = (0, 0)
     engine: EngineInfo | None = None
 
 
 class Manifest(_Frozen):
     """A built model. `files` maps every file of the build to its size in bytes, `sha256` those that a runtime
-    reads to the hash of their bytes, in hex."""
+    reads to the hash of their bytes, in hex.
+
+    The layers are divided among `pp_size` pipeline stages, those of a stage among `tp_size` tensor-parallel
+    ranks; rank pp_rank * tp_size + tp_rank is at place pp_rank * tp_size + tp_rank of `ranks`. The fake
+    runtime has no ranks.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     trtforge_version: str
@@ -126,10 +141,25 @@ class Manifest(_Frozen):
     model: ModelInfo
     kv_cache: KVCacheLayout
     limits: Limits
+    tp_size: int = Field(default=1, gt=0)
+    pp_size: int = Field(default=1, gt=0)
     ranks: tuple[Rank, ...]
     tokenizer: str = "tokenizer"
     files: dict[str, int]
     sha256: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def stages(self) -> tuple[tuple[Rank, ...], ...]:
+        """The ranks of each pipeline stage, by their tensor-parallel rank."""
+        return tuple(
+            self.ranks[start : start + self.tp_size] for start in range(0, len(self.ranks), self.tp_size)
+        )
+
+    @model_validator(mode="after")
+    def _check_ranks(self) -> Self:
+        if self.ranks or self.runtime != "fake":
+            _check_ranks(self)
+        return self
 
     def save(self, folder: Path) -> None:
         """Write `folder`/manifest.json."""
@@ -148,6 +178,40 @@ class Manifest(_Frozen):
             raise ConfigError(f"{path} does not exist: build the model with build-engine first") from None
         except ValidationError as error:
             raise ConfigError(f"{path} is not a manifest this version reads, rebuild it: {error}") from None
+
+
+def _check_ranks(manifest: Manifest) -> None:
+    tp, pp = manifest.tp_size, manifest.pp_size
+    if len(manifest.ranks) != tp * pp:
+        raise ValueError(f"{len(manifest.ranks)} ranks are not tp_size {tp} * pp_size {pp}")
+    whole = list(manifest.kv_cache.layers)
+    for stage in manifest.stages:
+        num_layers = len(stage[0].kv_layers)
+        layers, whole = whole[:num_layers], whole[num_layers:]
+        for rank in stage:
+            _check_layers(rank, layers)
+        for layer, *parts in zip(layers, *(rank.kv_layers for rank in stage), strict=True):
+            if sum(part.num_kv_heads for part in parts) < layer.num_kv_heads:
+                raise ValueError(f"ranks of a stage have fewer KV heads than {layer} together")
+    if whole:
+        raise ValueError(f"{len(whole)} of the layers have no rank")
+    *before, last = (tuple(rank.logits_columns for rank in stage) for stage in manifest.stages)
+    if any(columns != (0, 0) for stage in before for columns in stage):
+        raise ValueError("a stage before the last has columns of logits")
+    starts, stops = zip(*last, strict=True)
+    if (0, *stops) != (*starts, manifest.model.vocab_size) or list(stops) != sorted(stops):
+        raise ValueError(f"columns of logits {last} do not cover {manifest.model.vocab_size} tokens in order")
+
+
+def _check_layers(rank: Rank, layers: Sequence[LayerCache]) -> None:
+    """`rank` keeps some KV heads of each of `layers`, which are its stage's."""
+    alike = len(rank.kv_layers) == len(layers) and all(
+        part.num_kv_heads <= layer.num_kv_heads
+        and part == layer.model_copy(update={"num_kv_heads": part.num_kv_heads})
+        for part, layer in zip(rank.kv_layers, layers, strict=True)
+    )
+    if not alike:
+        raise ValueError(f"{rank.onnx} has caches that are not those of its stage")
 
 
 def find_manifest_folder(path: Path) -> Path:

@@ -34,7 +34,33 @@ GRAPH_INPUTS: tuple[GraphTensor, ...] = (
     # Rows of the token axis whose logits are wanted.
     GraphTensor("logits_indices", "int32", ("R",)),
 )
-LOGITS = "logits"  # float32 [R, vocab_size]
+LOGITS = "logits"  # float32 [R, vocab_size]; with tensor parallelism [R, the rank's columns]
+# What crosses from one pipeline stage to the next, [T, hidden_size] in the model's dtype: an output of all
+# stages but the last, which they have in place of logits, and an input of all but the first.
+HIDDEN_STATES_OUT = "hidden_states_out"
+HIDDEN_STATES = "hidden_states"
+
+
+def stage_inputs(*, is_first: bool, is_last: bool) -> tuple[str, ...]:
+    """Names of the inputs that a pipeline stage's graph has besides its caches, in its order.
+
+    A stage that is not the first begins with hidden states and sees no token ids; one that is not the last
+    computes no logits.
+    """
+    names = [tensor.name for tensor in GRAPH_INPUTS]
+    if not is_first:
+        names[names.index("input_ids")] = HIDDEN_STATES
+    if not is_last:
+        names.remove("logits_indices")
+    return tuple(names)
+
+
+def stage_output(*, is_last: bool) -> str:
+    """Name of what a pipeline stage computes."""
+    return LOGITS if is_last else HIDDEN_STATES_OUT
+
+
+# The caches of a rank's graph are numbered from 0, whichever layers of the model they belong to.
 
 
 def kv_cache_input(layer: int) -> str:

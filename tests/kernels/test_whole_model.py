@@ -54,7 +54,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
             dtype="bfloat16", block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, layers=exported.layers
         ),
         limits=Limits(max_model_len=128, max_num_seqs=8, max_num_batched_tokens=128),
-        ranks=(Rank(onnx="model.onnx"),),
+        ranks=(Rank(onnx="model.onnx", kv_layers=exported.layers, logits_columns=(0, VOCAB_SIZE)),),
         files={},
     )
     return folder / "graph", manifest

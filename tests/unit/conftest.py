@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def make_manifest() -> Callable[..., Manifest]:
                 dtype=kv_cache_dtype or dtype, block_size=block_size, num_blocks=num_blocks, layers=layers
             ),
             limits=Limits(max_model_len=512, max_num_seqs=8, max_num_batched_tokens=512),
-            ranks=(Rank(onnx="model.onnx"),),
+            ranks=(Rank(onnx="model.onnx", kv_layers=layers, logits_columns=(0, vocab_size)),),
             files={},
         )
 
@@ -167,8 +168,9 @@ def make_repository(
         (version / "rank0").mkdir(parents=True)
         for file in files.values():
             shutil.copy(graph_folder / file.name, file)
+        rank = manifest.ranks[0].model_copy(update={"onnx": "rank0/model.onnx"})
         written = {
-            "ranks": (Rank(onnx="rank0/model.onnx"),),
+            "ranks": (rank,),
             "files": {name: file.stat().st_size for name, file in files.items()},
             "sha256": {name: file_digest(file) for name, file in files.items()},
         }
@@ -181,24 +183,32 @@ def make_repository(
 
 @pytest.fixture(scope="session")
 def cuda_driver_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the fake CUDA driver, for LD_LIBRARY_PATH of another process."""
+    """A folder with the fake CUDA driver and the fake NCCL, for LD_LIBRARY_PATH of another process."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         pytest.fail("these tests compile a fake CUDA driver: install a C compiler (cc, gcc or clang)")
     folder = tmp_path_factory.mktemp("driver")
-    source = FOLDER / "fake_cuda" / "libcuda.c"
-    subprocess.run(
-        [compiler, "-shared", "-fPIC", "-o", str(folder / "libcuda.so.1"), str(source)], check=True
-    )
+    for source, library in (("libcuda.c", "libcuda.so.1"), ("libnccl.c", "libnccl.so.2")):
+        command = [compiler, "-shared", "-fPIC", "-o", str(folder / library)]
+        subprocess.run([*command, str(FOLDER / "fake_cuda" / source)], check=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_threaded_ranks() -> Callable[..., Any]:
+    """`make_threaded_ranks(exported, tp, folder, block_size, num_blocks)`: see `threaded_ranks/model.py`."""
+    sys.path.append(str(FOLDER))
+    from threaded_ranks.model import ThreadedRanks
+
+    return ThreadedRanks
 
 
 @pytest.fixture(scope="session")
 def make_tensorrt_executor(
     tmp_path_factory: pytest.TempPathFactory, cuda_driver_folder: Path, make_manifest: Callable[..., Manifest]
 ) -> Callable[..., Executor]:
-    """`make_tensorrt_executor(runtime, limits=..., options=..., content=..., **environment)`: one in a
-    process of its own, where the driver and TensorRT are fake ones; see `fake_tensorrt/client.py`."""
+    """`make_tensorrt_executor(runtime, limits=..., options=..., content=..., tp_size=..., **environment)`:
+    one in a process of its own, where driver and TensorRT are fake ones; see `fake_tensorrt/client.py`."""
     sys.path.append(str(FOLDER))
     from fake_tensorrt.client import FakeTensorRTExecutor, write_model
 
@@ -209,12 +219,13 @@ def make_tensorrt_executor(
         options: EngineOptions | None = None,
         content: str | None = None,
         has_kernels: bool = True,
+        tp_size: int = 1,
         **environment: str,
     ) -> Executor:
         folder = tmp_path_factory.mktemp("engine")
         manifest = make_manifest((LayerCache(num_kv_heads=1, head_dim=1),) * 2)
         manifest = manifest.model_copy(update={"runtime": runtime, "limits": limits or manifest.limits})
-        manifest = write_model(folder, manifest, content=content, has_kernels=has_kernels)
+        manifest = write_model(folder, manifest, content=content, has_kernels=has_kernels, tp_size=tp_size)
         driver = {"LD_LIBRARY_PATH": str(cuda_driver_folder), "FAKE_CUDA_ARCH": "89"}
         return FakeTensorRTExecutor(folder, manifest, options or EngineOptions(), driver | environment)
 

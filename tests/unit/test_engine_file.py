@@ -31,9 +31,13 @@ def manifest(make_manifest: Callable[..., Manifest], tmp_path: Path) -> Manifest
         compute_capabilities=("8.9", "12.0"),
         profiles=(Profile(name="mixed", dims={"T": DimRange(min=1, opt=2, max=3)}),),
     )
-    ranks = (Rank(onnx="rank0/model.onnx", engine=engine), Rank(onnx="rank1/model.onnx"))
-    made = make_manifest((LayerCache(num_kv_heads=1, head_dim=8),))
-    return made.model_copy(update={"runtime": "tensorrt-rtx", "ranks": ranks})
+    made = make_manifest((LayerCache(num_kv_heads=1, head_dim=8),), vocab_size=128)
+    halves = [
+        Rank(onnx=f"rank{rank}/model.onnx", kv_layers=made.kv_cache.layers, logits_columns=columns)
+        for rank, columns in enumerate([(0, 64), (64, 128)])
+    ]
+    ranks = (halves[0].model_copy(update={"engine": engine}), halves[1])
+    return made.model_copy(update={"runtime": "tensorrt-rtx", "tp_size": 2, "ranks": ranks})
 
 
 @pytest.mark.parametrize("compute_capability", ["8.9", "12.0"])

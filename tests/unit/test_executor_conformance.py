@@ -19,7 +19,7 @@ from trtforge.builder.engine import choose_target
 from trtforge.builder.rank_engine import build_rank_engine
 from trtforge.engine_options import EngineOptions
 from trtforge.errors import ConfigError
-from trtforge.manifest import Limits, Manifest, Rank
+from trtforge.manifest import LayerCache, Limits, Manifest, Rank
 from trtforge.runtime.executor import Executor, Float32Array, KVCacheSpec
 from trtforge.runtime.executors.create import create_executor
 from trtforge.runtime.executors.fake_executor import FakeExecutor
@@ -47,6 +47,7 @@ ON_GPU = [
         "fake",
         "openvino",
         "reference",
+        "ranks-fake",
         "tensorrt-fake",
         "tensorrt-rtx-fake",
         pytest.param("reference-cuda", marks=ON_GPU),
@@ -57,6 +58,8 @@ def make_executor(request: pytest.FixtureRequest) -> Callable[[], Executor]:
     """Makes executors of one kind whose logits are the same function of a sequence's tokens."""
     if request.param == "fake":
         return lambda: FakeExecutor(VOCAB_SIZE, SPEC.num_blocks, SPEC.block_size, num_host_blocks=4)
+    if request.param == "ranks-fake":
+        return _fake_ranks(request.getfixturevalue("tmp_path_factory").mktemp("ranks"), request)
     if request.param.endswith("-fake"):
         options = EngineOptions(swap_bytes=SWAP_BYTES)
         make = request.getfixturevalue("make_tensorrt_executor")
@@ -72,6 +75,19 @@ def make_executor(request: pytest.FixtureRequest) -> Callable[[], Executor]:
     return lambda: OpenVINOExecutor(folder, manifest, threads=2, num_host_blocks=4)
 
 
+def _fake_ranks(folder: Path, request: pytest.FixtureRequest) -> Callable[[], Executor]:
+    """Two processes, each with the logits of half of the tokens."""
+    layers = (LayerCache(num_kv_heads=1, head_dim=1),)
+    columns = ((0, VOCAB_SIZE // 2), (VOCAB_SIZE // 2, VOCAB_SIZE))
+    ranks = tuple(
+        Rank(onnx=f"rank{number}/model.onnx", kv_layers=layers, logits_columns=columns[number])
+        for number in range(2)
+    )
+    changes = {"runtime": "fake", "limits": LIMITS, "ranks": ranks, "tp_size": 2}
+    manifest = request.getfixturevalue("make_manifest")(layers).model_copy(update=changes)
+    return lambda: create_executor(manifest, folder, EngineOptions(swap_bytes=SWAP_BYTES))
+
+
 def _tensorrt_rtx(folder: Path, manifest: Manifest) -> Callable[[], Executor]:
     """Of an engine for this machine's GPU, in true float32."""
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
@@ -82,8 +98,8 @@ def _tensorrt_rtx(folder: Path, manifest: Manifest) -> Callable[[], Executor]:
         pytest.skip(str(error))
     graph, layout = folder / "model.onnx", manifest.kv_cache
     engine = build_rank_engine(graph, target, LIMITS, layout, None, lambda fraction, step: None)
-    ranks = (Rank(onnx=f"{folder.name}/model.onnx", engine=engine),)
-    changes = {"runtime": "tensorrt-rtx", "limits": LIMITS, "ranks": ranks}
+    rank = manifest.ranks[0].model_copy(update={"onnx": f"{folder.name}/model.onnx", "engine": engine})
+    changes = {"runtime": "tensorrt-rtx", "limits": LIMITS, "ranks": (rank,)}
     options = EngineOptions(swap_bytes=4 * layout.block_size * layout.bytes_per_token)
     return lambda: create_executor(manifest.model_copy(update=changes), folder.parent, options)
 

@@ -24,12 +24,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trtforge import wire
 from trtforge.builder.checkpoint import Checkpoint
 from trtforge.builder.engine import Network, NetworkTensor, choose_target
-from trtforge.builder.export import ExportedModel, export_model, write_graph
+from trtforge.builder.export import (
+    ExportedModel,
+    TracedModel,
+    divide,
+    trace_checkpoint,
+    write_graph,
+)
 from trtforge.builder.inspection.layer import find_layer
 from trtforge.builder.lower import lower
 from trtforge.builder.profiles import make_profiles
+from trtforge.builder.sharding.split import Parallelism
 from trtforge.checking.onnxruntime_model import OnnxRuntimeModel
-from trtforge.manifest import KVCacheLayout, Limits, Manifest, Rank
+from trtforge.manifest import KVCacheLayout, Limits, Manifest
 from trtforge.runtime.executors.graph_file import read_graph_file
 from trtforge.runtime.executors.reference_executor import ReferenceExecutor
 from trtforge.runtime.executors.torch_graph import Node, compile_graph
@@ -151,6 +158,7 @@ class Family:
     """An exported model, a schedule of steps, and the logits that Hugging Face has for each text."""
 
     folder: Path
+    traced: TracedModel
     exported: ExportedModel
     steps: list[tuple[dict[str, list[int]], int]]  # new tokens by text, and rows of padding
     expected: dict[str, np.ndarray]
@@ -164,7 +172,8 @@ class Family:
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     folder = tmp_path_factory.mktemp(request.param)
     save_random_model(request.param, folder / "hf")
-    exported = export_model(Checkpoint.open(str(folder / "hf")), "float32")
+    traced = trace_checkpoint(Checkpoint.open(str(folder / "hf")), "float32", lambda _: None)
+    (exported,) = divide(traced, Parallelism()).ranks
     write_graph(exported, folder / "graph")
 
     rng = np.random.default_rng(1)
@@ -184,7 +193,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             name: hf(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
             for name, tokens in texts.items()
         }
-    return Family(folder / "graph", exported, steps, expected)
+    return Family(folder / "graph", traced, exported, steps, expected)
 
 
 @pytest.fixture
@@ -195,7 +204,8 @@ def check_graph(
 
     def check(file: str) -> None:
         manifest = make_manifest(family.exported.layers, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS)
-        manifest = manifest.model_copy(update={"ranks": (Rank(onnx=file),)})
+        rank = manifest.ranks[0].model_copy(update={"onnx": file})
+        manifest = manifest.model_copy(update={"ranks": (rank,)})
         blocks = np.random.default_rng(0).permutation(NUM_BLOCKS).tolist()
         driver = drive(OnnxRuntimeModel(family.folder, manifest), blocks)
         logits: dict[str, list[np.ndarray]] = {name: [] for name in family.expected}
@@ -218,6 +228,46 @@ def test_reference_executor_equals_hugging_face(
     executor = ReferenceExecutor(family.folder, manifest, device=torch.device("cpu"))
     blocks = np.random.default_rng(0).permutation(NUM_BLOCKS).tolist()
     family.check(drive(executor, blocks).run(new_tokens for new_tokens, _ in family.steps))
+
+
+# 4 query heads and, in most families, 2 KV heads: whole groups, parts of them, one head each.
+PARALLELISMS = [(2, 1), (3, 1), (4, 1), (1, 2), (2, 2)]
+
+
+def test_ranks_together_equal_hugging_face(
+    family: Family,
+    make_threaded_ranks: Callable[..., Any],
+    drive: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    for tp, pp in PARALLELISMS:
+        ranks = divide(family.traced, Parallelism(tp, pp)).ranks
+        model = make_threaded_ranks(ranks, tp, tmp_path / f"{tp}x{pp}", BLOCK_SIZE, NUM_BLOCKS)
+        blocks = np.random.default_rng(0).permutation(NUM_BLOCKS).tolist()
+        family.check(drive(model, blocks).run(new_tokens for new_tokens, _ in family.steps))
+        if tp == 1:
+            continue
+        # Projections and embeddings are divided, but for a few: routers, what leads to a latent state.
+        weights = family.traced.model.graph.initializers
+        whole = [
+            name
+            for name, part in ranks[0].model.graph.initializers.items()
+            if name in weights and len(part.shape) > 1 and part.shape == weights[name].shape
+        ]
+        assert not [name for name in whole if not name.endswith(WHOLE)]
+
+
+# Routers and gates of one number; of latent attention what all heads share, and what is padded to its width.
+WHOLE = (
+    "gate.weight",
+    "router.weight",
+    "down_proj_bias",
+    "wpe.weight",
+    "embed_positions.weight",
+    "q_a_proj.weight",
+    "kv_a_proj_with_mqa.weight",
+    "kv_b_proj.weight",
+)
 
 
 def test_standard_operators_never_wait_for_the_device(family: Family) -> None:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from trtforge import wire
 from trtforge.errors import CapacityError, ConfigError, EngineBuildError, ServerError, TrtforgeError
-from trtforge.manifest import DType, LayerCache, Manifest, Rank
+from trtforge.manifest import DType, LayerCache, Manifest
 from trtforge.runtime.executor import Float32Array
 from trtforge.runtime.executors.openvino_executor import OpenVINOExecutor, has_bfloat16
 from trtforge.runtime.executors.openvino_graph import PAGED_ATTENTION_INPUTS, read_graph
@@ -284,7 +284,9 @@ def test_manifests_that_openvino_cannot_serve(make_manifest: MakeManifest, tmp_p
     _error(ConfigError, "KV cache of float32.*bfloat16", tmp_path, mixed)
     _error(ConfigError, "threads is -1", tmp_path, make_manifest(layers), threads=-1)
     _error(ConfigError, "1 cache inputs, its manifest 2 layers", tmp_path, make_manifest(layers * 2))
-    moved = make_manifest(layers).model_copy(update={"ranks": (Rank(onnx="gone/model.onnx"),)})
+    manifest = make_manifest(layers)
+    rank = manifest.ranks[0].model_copy(update={"onnx": "gone/model.onnx"})
+    moved = manifest.model_copy(update={"ranks": (rank,)})
     _error(ConfigError, "gone/model.onnx does not exist: build", tmp_path, moved)
     huge = make_manifest(layers, num_blocks=2**50)
     _error(CapacityError, "cache", tmp_path, huge)

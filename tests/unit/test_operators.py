@@ -11,6 +11,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from trtforge.errors import PluginError
+from trtforge.plugins.all_reduce.op import ALL_REDUCE
+from trtforge.plugins.all_reduce.reference import all_reduce
 from trtforge.plugins.body import STANDARD_OPSET
 from trtforge.plugins.function_bodies import add_function_bodies
 from trtforge.plugins.int4_gemm.cases import CASES as INT4_CASES
@@ -216,6 +218,14 @@ def test_linear_body_equals_reference(shape: tuple[int, ...], bias: bool) -> Non
     inputs = {name: array.astype(np.float32) for name, array in inputs.items()}
     (y,) = run(LINEAR, (inputs, {}))
     np.testing.assert_allclose(y, linear(*inputs.values()), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_all_reduce_of_one_rank_gives_its_input_on(dtype: str) -> None:
+    x = np.random.default_rng(0).normal(size=(3, 1, 6)).astype(dtype)
+    (y,) = run(ALL_REDUCE, ({"x": x}, {}))
+    np.testing.assert_array_equal(y, all_reduce(x))
+    np.testing.assert_array_equal(y, x)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

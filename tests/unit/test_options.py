@@ -14,6 +14,7 @@ from transformers import BloomConfig, GPT2Config, LlamaConfig
 from trtforge import cli
 from trtforge.builder.options import BuildOptions, parse_bytes
 from trtforge.builder.plan import BuildPlan, make_plan, plan_kv_cache
+from trtforge.builder.sharding.split import Parallelism
 from trtforge.errors import ConfigError
 from trtforge.manifest import LayerCache, Limits
 
@@ -27,14 +28,12 @@ def options(**values: object) -> BuildOptions:
 
 def plan(max_model_len: int = 8192, kv_cache_bytes: int | None = None, block_size: int = 32) -> BuildPlan:
     limits = Limits(max_model_len=max_model_len, max_num_seqs=256, max_num_batched_tokens=2048)
-    return BuildPlan("llm", "openvino", "bfloat16", block_size, kv_cache_bytes, limits)
+    return BuildPlan("llm", "openvino", "bfloat16", block_size, kv_cache_bytes, limits, Parallelism())
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--tp", "2"], "--tp 2 is not built yet"),
-        (["--pp", "4"], "--pp 4 is not built yet"),
         (["--int4", "--fp8"], "--int4 and --fp8 are formats of the same weights: give one of them"),
         (["--int4", "--group-size", "48"], "--group-size 48 is not allowed: it is one of 32, 64, 128"),
         (["--fp8", "--group-size", "64"], "--group-size is for the scales of --int4"),
@@ -56,6 +55,7 @@ def plan(max_model_len: int = 8192, kv_cache_bytes: int | None = None, block_siz
         (["--kv-cache-bytes", "0"], "--kv-cache-bytes 0 is not allowed"),
         (["--kv-cache-bytes", "2GB"], "--kv-cache-bytes '2GB' is not a size"),
         (["--tp", "0"], "--tp 0 is not allowed"),
+        (["--pp", "-1"], "--pp -1 is not allowed"),
         (["--name", "../elsewhere"], "model name '../elsewhere' is not allowed"),
         (["--name", "/etc"], "model name '/etc' is not allowed"),
         (["--name", ".."], "model name '..' is not allowed"),

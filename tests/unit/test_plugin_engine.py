@@ -260,7 +260,7 @@ def test_attention_without_kernels_is_said_before_tensorrt_begins(
     with pytest.raises(
         EngineBuildError, match=r"kernels of the model's plugins: .* head_dim 16; it takes one of"
     ):
-        plugin_graph.compile_kernels(folder / "model.onnx", 32, ("9.0",), tmp_path / "kernels", print)
+        plugin_graph.compile_kernels([folder / "model.onnx"], 32, ("9.0",), tmp_path / "kernels", print)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from trtforge.manifest import KVCacheLayout, LayerCache, Limits, Manifest, Model
 @pytest.fixture
 def report() -> BuildReport:
     """SmolLM2-135M with 1 GiB of KV cache."""
+    layers = (LayerCache(num_kv_heads=3, head_dim=64),) * 30
     manifest = Manifest(
         trtforge_version="0.0.0",
         build_key="key",
@@ -33,17 +34,25 @@ def report() -> BuildReport:
             dtype="bfloat16",
             block_size=32,
             num_blocks=1456,
-            layers=(LayerCache(num_kv_heads=3, head_dim=64),) * 30,
+            layers=layers,
         ),
         limits=Limits(max_model_len=2040, max_num_seqs=256, max_num_batched_tokens=2048),
-        ranks=(Rank(onnx="rank0/model.onnx"),),
+        ranks=(Rank(onnx="rank0/model.onnx", kv_layers=layers, logits_columns=(0, 49152)),),
         files={},
     )
     stages = [
         StageRecord("export graph", 12.34, 700 * 2**20, False),
         StageRecord("check graph", 1, 2**30, False),
     ]
-    return BuildReport.of(manifest, source="a/model", num_nodes=4321, weight_bytes=269_030_016, stages=stages)
+    return BuildReport.of(
+        manifest,
+        source="a/model",
+        num_nodes=4321,
+        num_heads=[9],
+        weight_bytes=[269_030_016],
+        weights=[()],
+        stages=stages,
+    )
 
 
 def text_of(report: BuildReport) -> str:

@@ -13,6 +13,8 @@ from trtforge.builder.repository import check_model_name, install_triton_model
 from trtforge.errors import ConfigError
 from trtforge.manifest import KVCacheLayout, LayerCache, Limits, Manifest, ModelInfo, Rank
 
+LAYERS = (LayerCache(num_kv_heads=1, head_dim=8),)
+
 
 @pytest.fixture
 def manifest() -> Manifest:
@@ -24,11 +26,9 @@ def manifest() -> Manifest:
         model=ModelInfo(
             name="assistant", architecture="Fake", vocab_size=8, num_parameters=1, eos_token_ids=(1,)
         ),
-        kv_cache=KVCacheLayout(
-            dtype="float32", block_size=32, num_blocks=4, layers=(LayerCache(num_kv_heads=1, head_dim=8),)
-        ),
+        kv_cache=KVCacheLayout(dtype="float32", block_size=32, num_blocks=4, layers=LAYERS),
         limits=Limits(max_model_len=64, max_num_seqs=2, max_num_batched_tokens=16),
-        ranks=(Rank(onnx="rank0/model.onnx"),),
+        ranks=(Rank(onnx="rank0/model.onnx", kv_layers=LAYERS, logits_columns=(0, 8)),),
         files={"build.json": 3},
     )
 

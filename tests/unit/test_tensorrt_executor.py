@@ -5,6 +5,7 @@ That it computes the right thing is in test_executor_conformance.py.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -337,3 +338,36 @@ def test_batches_hold_the_wanted_rows_too() -> None:
     assert batches.size_for(step(1, past=128)) is None  # longer than a sequence may get
     for size in batches.sizes:
         assert batches.size_for(batches.padding(size)) == size
+
+
+# --------------------------------------------------------------------------- several ranks
+
+
+def test_ranks_meet_in_nccl_and_share_the_columns(make_tensorrt_executor: Make, executor: Any) -> None:
+    """A process and a GPU each. What NCCL adds up is in no fake engine."""
+    made = make_tensorrt_executor("tensorrt", limits=LIMITS, tp_size=2)
+    calls = [call.split() for call in made.calls()]
+    (unique_id,) = [call[3] for call in calls if call[0] == "ncclGetUniqueId"]
+    joined = [call[1:] for call in calls if call[0] == "ncclCommInitRank"]
+    assert sorted(joined) == [["2", "0", unique_id], ["2", "1", unique_id]]
+    assert sorted(call[1] for call in calls if call[0] == "cuDeviceGet") == ["0", "1"]
+    # Two profiles and a context for each size of decode steps, in both ranks.
+    assert names(" ".join(call) for call in calls)["set_communicator"] == 2 * (2 + len(DECODE_SIZES))
+    assert made.kv_cache_spec() == executor.kv_cache_spec()
+    for inputs in (step(2, 10), step(2, 1, past=10), step(3)):
+        np.testing.assert_array_equal(made.execute(inputs).logits, executor.execute(inputs).logits)
+    made.close()
+    assert names(made.calls())["ncclCommDestroy"] == 2
+
+
+def test_what_nccl_refuses_ends_all_ranks(make_tensorrt_executor: Make) -> None:
+    with pytest.raises(DeviceError, match=r"rank \d failed: NCCL failed in ncclCommInitRank: invalid usage"):
+        make_tensorrt_executor("tensorrt", limits=LIMITS, tp_size=2, FAKE_NCCL_FAIL="ncclCommInitRank")
+
+
+def test_without_nccl_several_ranks_are_refused(
+    make_tensorrt_executor: Make, cuda_driver_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copy(cuda_driver_folder / "libcuda.so.1", tmp_path)
+    with pytest.raises(ConfigError, match="needs NCCL: pip install nvidia-nccl-cu13"):
+        make_tensorrt_executor("tensorrt", limits=LIMITS, tp_size=2, LD_LIBRARY_PATH=str(tmp_path))

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from trtforge import wire
-from trtforge.errors import EngineBuildError
+from trtforge.errors import ConfigError, EngineBuildError
 from trtforge.manifest import Manifest
 from trtforge.plugins.function_bodies import add_function_bodies
 from trtforge.runtime.executor import KVCacheSpec, ModelInputs, ModelOutputs
@@ -24,10 +24,16 @@ class OnnxRuntimeModel:
     """Executes steps as an executor does. It copies its whole cache in each: for checks, not for serving."""
 
     def __init__(self, model_dir: Path, manifest: Manifest) -> None:
-        """Load the first rank's graph in `model_dir`.
+        """Load the only rank's graph in `model_dir`.
 
-        Raises ConfigError if there is none, and EngineBuildError if ONNX Runtime does not take it.
+        Raises ConfigError if there is none and for several ranks, and EngineBuildError if ONNX Runtime does
+        not take it.
         """
+        if len(manifest.ranks) > 1:
+            raise ConfigError(
+                f"{model_dir} has {len(manifest.ranks)} ranks, whose sums ONNX Runtime cannot make: choose "
+                "another runtime to compare with, or check a build of the model on one rank"
+            )
         path = model_dir / manifest.ranks[0].onnx
         read_graph_file(path, len(manifest.kv_cache.layers))  # refuses by name what would fail below
         model = ir.load(path)

@@ -49,6 +49,11 @@ class CheckReport:
         manifest = Manifest.load(folder)
         if not manifest.ranks:
             raise ConfigError(f"{folder} has no graph: there is nothing to check")
+        if len(manifest.ranks) > 1:
+            raise ConfigError(
+                f"{folder} has {len(manifest.ranks)} ranks: check compares runtimes by a model that is not "
+                "divided; build it once without --tp and --pp"
+            )
         damages = list(damaged_files(folder, manifest))
         if damages:
             raise ConfigError(f"{'; '.join(damages)}: build or copy it again")

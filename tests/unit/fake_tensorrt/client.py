@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -15,7 +16,7 @@ from typing import Any
 from trtforge.builder.profiles import make_profiles
 from trtforge.engine_options import EngineOptions
 from trtforge.integrity import file_digest
-from trtforge.manifest import KERNELS_FOLDER, EngineInfo, Manifest, Rank
+from trtforge.manifest import KERNELS_FOLDER, EngineInfo, Manifest
 from trtforge.plugins.bundle import MANIFEST_FILE as BUNDLE_FILE
 from trtforge.plugins.bundle import BundleManifest
 from trtforge.runtime.executor import KVCacheSpec, ModelInputs, ModelOutputs
@@ -24,26 +25,46 @@ from trtforge.runtime.scheduling.block_moves import BlockMoves
 FOLDER = Path(__file__).parent
 
 
-def write_model(folder: Path, manifest: Manifest, *, content: str | None, has_kernels: bool) -> Manifest:
-    """A fake engine for sm_89 in `folder`, beside a bundle without kernels, and the manifest with it.
+def write_model(
+    folder: Path, manifest: Manifest, *, content: str | None, has_kernels: bool, tp_size: int = 1
+) -> Manifest:
+    """Fake engines for sm_89 in `folder`, one a rank, beside a bundle without kernels, and the manifest with
+    them.
 
-    `content` is what the file holds instead of that engine.
+    `content` is what the files hold instead of those engines.
     """
-    package = manifest.runtime.replace("-", "_")
-    profiles = make_profiles(package, manifest.limits, manifest.kv_cache)
-    engine = {
-        "vocab_size": manifest.model.vocab_size,
-        "num_layers": len(manifest.kv_cache.layers),
-        "activation_bytes": [1000 * (index + 1) for index in range(len(profiles))],
-        "profiles": [{name: (dim.min, dim.max) for name, dim in p.dims.items()} for p in profiles],
-    }
-    path = folder / "model.engine"
-    path.write_text(json.dumps(engine) if content is None else content)
+    vocab_size = manifest.model.vocab_size
+    bounds = [vocab_size * rank // tp_size for rank in range(tp_size + 1)]
+    ranks = tuple(
+        manifest.ranks[0].model_copy(
+            update={
+                "engine": _write_engine(folder / f"model{rank}.engine", manifest, columns, content),
+                "logits_columns": columns,
+            }
+        )
+        for rank, columns in enumerate(itertools.pairwise(bounds))
+    )
     if has_kernels:
         bundle = BundleManifest(compiler="none", compiler_version="0", cubins=())
         (folder / KERNELS_FOLDER).mkdir()
         (folder / KERNELS_FOLDER / BUNDLE_FILE).write_text(bundle.model_dump_json())
-    info = EngineInfo(
+    return manifest.model_copy(update={"ranks": ranks, "tp_size": tp_size})
+
+
+def _write_engine(
+    path: Path, manifest: Manifest, columns: tuple[int, int], content: str | None
+) -> EngineInfo:
+    package = manifest.runtime.replace("-", "_")
+    profiles = make_profiles(package, manifest.limits, manifest.kv_cache)
+    engine = {
+        "first_token": columns[0],
+        "vocab_size": columns[1] - columns[0],
+        "num_layers": len(manifest.kv_cache.layers),
+        "activation_bytes": [1000 * (index + 1) for index in range(len(profiles))],
+        "profiles": [{name: (dim.min, dim.max) for name, dim in p.dims.items()} for p in profiles],
+    }
+    path.write_text(json.dumps(engine) if content is None else content)
+    return EngineInfo(
         file=path.name,
         size_bytes=path.stat().st_size,
         sha256=file_digest(path),
@@ -52,7 +73,6 @@ def write_model(folder: Path, manifest: Manifest, *, content: str | None, has_ke
         compute_capabilities=("8.9",),
         profiles=profiles,
     )
-    return manifest.model_copy(update={"ranks": (Rank(onnx="model.onnx", engine=info),)})
 
 
 class FakeTensorRTExecutor:

@@ -1,8 +1,8 @@
 """Stands in for TensorRT-RTX where there is no GPU: its runtime's classes, as far as an executor uses them.
 
-An "engine" is JSON: vocab_size, num_layers, profiles (smallest and largest sizes), activation_bytes of each.
-It computes logits that are a function of all tokens of a sequence. Every layer has a cache of one head of
-one float32 and keeps the same there: keys are tokens, values are positions.
+An "engine" is JSON: vocab_size (of the rank, from first_token), num_layers, profiles (smallest and largest
+sizes), activation_bytes of each. It computes logits that are a function of all tokens of a sequence. Every
+layer has a cache of one head of one float32 and keeps the same there: keys are tokens, values are positions.
 
 Work is put on the stream of the fake driver with the shapes and addresses that it has when it is enqueued: so
 captured work does what a captured graph does. What TensorRT would refuse is logged and refused here too.
@@ -15,6 +15,7 @@ import ctypes
 import json
 import os
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,13 @@ class Context:
     def set_device_memory(self, memory: int, size: int) -> None:
         self._memory = memory, size
 
+    def set_communicator(self, communicator: Any) -> bool:
+        is_valid = ctypes.pythonapi.PyCapsule_IsValid
+        is_valid.argtypes = [ctypes.py_object, ctypes.c_char_p]
+        with Path(os.environ["FAKE_CUDA_RECORD"]).open("a") as file:
+            file.write(f"set_communicator {self._profile}\n")
+        return bool(is_valid(communicator, b"ncclComm_t"))
+
     def set_tensor_address(self, name: str, memory: int) -> bool:
         LOG.append(("bind", id(self), name, memory))
         self._addresses[name] = memory
@@ -164,7 +172,8 @@ def _compute(addresses: dict[str, int], shapes: dict[str, tuple[int, ...]], engi
         histories.append(_histories(cache, step, block_size))
     assert all(np.array_equal(history, histories[0]) for history in histories), "layers differ"
     logits = array("logits", (len(histories[0]), engine["vocab_size"]), ctypes.c_float)
-    logits[:] = np.cos(np.outer(histories[0], np.arange(1, engine["vocab_size"] + 1)))
+    first = engine["first_token"]
+    logits[:] = np.cos(np.outer(histories[0], np.arange(first + 1, first + engine["vocab_size"] + 1)))
 
 
 def _histories(cache: Any, step: dict[str, Any], block_size: int) -> Any:

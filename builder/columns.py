@@ -1,0 +1,28 @@
+"""Some columns of a matrix that is read a few MiB at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The `ranges` of rows that have `size` elements each."""
+
+    size: int
+    ranges: tuple[tuple[int, int], ...]
+
+    def keep(self, chunks: Iterable[bytes], element_bytes: int) -> Iterator[bytes]:
+        """What of the matrix in `chunks` is in these columns. Chunks may end within a row."""
+        row_bytes = self.size * element_bytes
+        rest = b""
+        for chunk in chunks:
+            data = rest + chunk
+            num_rows = len(data) // row_bytes
+            rows = np.frombuffer(data, np.uint8, num_rows * row_bytes).reshape(num_rows, row_bytes)
+            kept = [rows[:, start * element_bytes : stop * element_bytes] for start, stop in self.ranges]
+            yield np.concatenate(kept, axis=1).tobytes()
+            rest = data[num_rows * row_bytes :]

@@ -1,0 +1,1 @@
+"""The sum over the tensor-parallel ranks of a pipeline stage."""

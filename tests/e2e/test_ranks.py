@@ -1,0 +1,152 @@
+"""A real server of models on several ranks: the tokens of one, and what is left when one of them dies."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from trtforge.builder.build import build
+from trtforge.builder.options import BuildOptions
+from trtforge.client.streaming import Client, SamplingOptions
+from trtforge.client.triton_server import Ports, TritonServer
+from trtforge.errors import CapacityError, ServerError
+
+pytestmark = pytest.mark.e2e
+
+TIMEOUT_S = 60
+CACHE = Path(__file__).parents[2] / ".cache"
+NUM_REQUESTS = 24
+MAX_TOKENS = 2000
+ONE_TOKEN = SamplingOptions(max_tokens=1)
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Once upon a time, in a small village by the sea, there lived an old fisherman who",
+    "1 2 3 4 5",
+)
+
+FindEngines = Callable[..., list[psutil.Process]]
+
+
+@pytest.fixture(scope="module")
+def sharded_repository(demo_model: Path) -> Path:
+    """The demo model in float32 on two ranks; built again only when what it is built from has changed."""
+    options = BuildOptions(
+        model=str(demo_model), output=CACHE / "repository-float32-tp2", dtype="float32", tp=2, force=True
+    )
+    return build(options).folder.parent
+
+
+def test_two_ranks_give_the_tokens_of_one(
+    triton_server: Callable[[Path], TritonServer], sharded_repository: Path, demo_repository: Path
+) -> None:
+    answers = []
+    for repository in (demo_repository, sharded_repository):
+        with Client(triton_server(repository).grpc_url) as client, ThreadPoolExecutor(len(PROMPTS)) as pool:
+            sampling = SamplingOptions(max_tokens=32)
+            completions = pool.map(lambda prompt: client.generate(prompt, sampling=sampling), PROMPTS)  # noqa: B023
+            answers.append([completion.token_ids for completion in completions])
+    assert answers[0] == answers[1]
+
+
+@pytest.fixture
+def repository(make_fake_repository: Callable[..., Path]) -> Path:
+    """Two stages of two ranks, with room for all requests at once."""
+    return make_fake_repository(
+        num_blocks=8192, max_model_len=8192 * 16, max_num_seqs=NUM_REQUESTS, tp_size=2, pp_size=2
+    )
+
+
+@pytest.fixture
+def server(repository: Path) -> Iterator[TritonServer]:
+    with TritonServer(repository, ports=Ports(http=0, grpc=0, metrics=0), exit_timeout_s=5.0) as server:
+        yield server
+
+
+def find_ranks(engine: psutil.Process) -> list[psutil.Process]:
+    """By rank."""
+    ranks = {}
+    for process in engine.children():
+        for option in process.cmdline():
+            if option.startswith("--rank="):
+                ranks[int(option.removeprefix("--rank="))] = process
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def wait_for_answer(client: Client) -> None:
+    """Until the engine is there again; it refuses requests as long as it is not."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(CapacityError):
+            assert client.generate("Hello", sampling=ONE_TOKEN, timeout_s=TIMEOUT_S).token_ids
+            return
+        time.sleep(0.1)
+    pytest.fail("the engine did not come back")
+
+
+def wait_until_gone(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=TIMEOUT_S)
+    assert alive == []
+
+
+@pytest.mark.parametrize("killed", range(4))
+def test_a_killed_rank_under_load(
+    server: TritonServer, repository: Path, find_engines: FindEngines, killed: int
+) -> None:
+    """Every request gets its whole answer or the reason; new ones are served, and nobody is left over."""
+    (engine,) = find_engines(repository)
+    ranks = find_ranks(engine)
+    assert len(ranks) == 4
+    with Client(server.grpc_url) as client, ThreadPoolExecutor(NUM_REQUESTS) as pool:
+        started = threading.Semaphore(0)
+
+        def ask(number: int) -> int | str:
+            """How many tokens came, or the error."""
+            sampling = SamplingOptions(max_tokens=MAX_TOKENS if number % 2 else 100_000)
+            num_tokens = 0
+            try:
+                for chunk in client.stream(f"Hello {number}", sampling=sampling, timeout_s=TIMEOUT_S):
+                    if not num_tokens:
+                        started.release()
+                    num_tokens += len(chunk.token_ids)
+            except ServerError as error:
+                return str(error)
+            return num_tokens
+
+        asking = [pool.submit(ask, number) for number in range(NUM_REQUESTS)]
+        for _ in range(NUM_REQUESTS):
+            assert started.acquire(timeout=TIMEOUT_S)
+        ranks[killed].kill()
+        results = [future.result(TIMEOUT_S) for future in asking]
+        failures = [result for result in results if isinstance(result, str)]
+        assert len(failures) >= NUM_REQUESTS // 2
+        assert all(
+            f"the engine process died (rank {killed} died (signal SIGKILL))" in text for text in failures
+        )
+        assert {result for result in results if isinstance(result, int)} <= {MAX_TOKENS}
+        wait_until_gone([engine, *ranks])
+
+        wait_for_answer(client)
+    (new_engine,) = find_engines(repository)
+    new_ranks = find_ranks(new_engine)
+    assert len(new_ranks) == 4
+    server.stop()
+    wait_until_gone([new_engine, *new_ranks])
+
+
+def test_a_killed_engine_takes_its_ranks_along(
+    server: TritonServer, repository: Path, find_engines: FindEngines
+) -> None:
+    (engine,) = find_engines(repository)
+    ranks = find_ranks(engine)
+    ranks[2].suspend()  # one that could not end by itself
+    engine.kill()
+    wait_until_gone(ranks)
+    server.stop()
