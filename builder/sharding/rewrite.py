@@ -52,7 +52,8 @@ class _Rewriter:
             elif is_token_embedding(node):
                 divide_embedding(self.graph, node, self._plan.tp)
             else:
-                self._check_whole(node)
+                for value in node.inputs:
+                    self._check_whole(node, value)
         self._cut_outputs()
         for value, cut in self._plan.cuts.items():
             self._set_local_shape(value, cut)
@@ -64,7 +65,9 @@ class _Rewriter:
         """The node computes its part of the output out of parts of its inputs."""
         sizes = self._new_sizes(node)
         for index, cut in enumerate(inputs):
-            if cut is not None:
+            if cut is None:
+                self._check_whole(node, node.inputs[index])
+            else:
                 self._provide(node, index, cut)
         for index, numbers in sizes.items():
             node.replace_input_with(index, self.graph.integers(numbers))
@@ -90,15 +93,17 @@ class _Rewriter:
         if node.op_type in ("Reshape", "Expand"):
             shape = constant(node.inputs[1]) or []
             axis = cut.axis - len(sizes_of(node.outputs[0]) or []) + len(shape)
-            if axis < 0 or shape[axis] in (-1, 1 if node.op_type == "Expand" else -1):
+            follows = (-1, 1) if node.op_type == "Expand" else (-1,)  # takes the size that there is
+            if axis < 0 or shape[axis] in follows:
                 return {}
             return {1: [cut.local_size(self._rank) if i == axis else size for i, size in enumerate(shape)]}
         before, num_dims = self._plan.inputs[node][0], len(sizes_of(node.inputs[0]) or [])
         if before is None:
             return {}
-        if node.op_type == "Slice" and cut.axis in [
-            axis % num_dims for axis in constant(node.inputs[3]) or []
-        ]:
+        along = (
+            [axis % num_dims for axis in constant(node.inputs[3]) or []] if node.op_type == "Slice" else []
+        )
+        if cut.axis in along:
             have = self._plan.cuts.get(node.inputs[0], before)
             start = slice_start(node, cut.axis) or 0
             return {1: [have.local(self._rank, start)], 2: [have.local(self._rank, start + cut.size)]}
@@ -113,13 +118,12 @@ class _Rewriter:
         cuts = [self._plan.cuts.get(output) for output in node.outputs]
         return {1: [cut.local_size(self._rank) if cut is not None else 0 for cut in cuts]}
 
-    def _check_whole(self, node: ir.Node) -> None:
-        for value in node.inputs:
-            if value in self._plan.cuts:
-                raise ExportError(
-                    f"the node {node.name} ({node.op_type}) needs all of {value.name}, of which ranks have "
-                    "parts: build the model with --tp 1"
-                )
+    def _check_whole(self, node: ir.Node, value: ir.Value | None) -> None:
+        if value is not None and value in self._plan.cuts:
+            raise ExportError(
+                f"the node {node.name} ({node.op_type}) needs all of {value.name}, of which ranks have "
+                "parts: build the model with --tp 1"
+            )
 
     def _cut_outputs(self) -> None:
         """Where logits could not be computed in part, what the rank does not give is left out."""

@@ -43,7 +43,9 @@ def is_projection(node: ir.Node) -> bool:
     if not is_matrix or len(node.inputs) < 2:
         return False
     weight = node.inputs[1]
-    return bool(weight.is_initializer() and len(weight.shape) == 2 and not _attribute(node, "transA", 0))
+    scales_bias = "beta" in node.attributes and node.attributes["beta"].value != 1
+    is_plain = not _attribute(node, "transA", 0) and not scales_bias
+    return bool(is_plain and weight.is_initializer() and len(weight.shape) == 2)
 
 
 def weight_axis(node: ir.Node, *, of_outputs: bool) -> int:

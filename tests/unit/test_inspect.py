@@ -172,7 +172,8 @@ def test_a_graph_that_its_manifest_does_not_describe(repository: Path, graph_fol
     manifest = Manifest.load(graph_folder.parent)
     layers = (manifest.kv_cache.layers[0], LayerCache(num_kv_heads=4, head_dim=16))
     cache = manifest.kv_cache.model_copy(update={"layers": layers})
-    manifest.model_copy(update={"kv_cache": cache}).save(graph_folder.parent)
+    ranks = (manifest.ranks[0].model_copy(update={"kv_layers": layers}),)
+    manifest.model_copy(update={"kv_cache": cache, "ranks": ranks}).save(graph_folder.parent)
     problems = [problem for _, problem in findings(repository)]
     assert len(problems) == 2
     assert all(
