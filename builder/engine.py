@@ -22,6 +22,7 @@ EngineRuntime = Literal["tensorrt", "tensorrt-rtx"]
 
 # GPUs before Ampere have no bfloat16.
 _FIRST_COMPUTE_CAPABILITY = (8, 0)
+_FIRST_WITH_FP8 = (8, 9)
 
 # Told how much is done, 0 to 1, and what is being done.
 OnProgress = Callable[[float, str], None]
@@ -53,12 +54,13 @@ def choose_target(
     *,
     workspace_bytes: int | None = None,
     weight_streaming: bool = False,
+    needs_fp8: bool = False,
 ) -> EngineTarget:
     """The target for GPUs such as "sm_89"; without any all that the package can build for. That is this
     machine's GPU alone for full TensorRT, which also needs the compiler of its plugins' kernels.
 
     Raises ConfigError if the package or the compiler is not installed, or if it cannot build for one of the
-    GPUs.
+    GPUs, which with `needs_fp8` have to have 8-bit floats.
     """
     package = PACKAGES[runtime]
     trt = load_package(package)
@@ -68,14 +70,40 @@ def choose_target(
     chosen = tuple(re.sub(r"sm_(\d+)(\d)", r"\1.\2", gpu) for gpu in gpus)
     unknown = [gpu for gpu, capability in zip(gpus, chosen, strict=True) if capability not in known]
     if unknown:
-        choice = ", ".join(f"sm_{capability.replace('.', '')}" for capability in known)
         raise ConfigError(
             f"--gpu {unknown[0]} is not possible with {package} {trt.__version__}, which builds "
-            f"for {choice} here"
+            f"for {_gpu_names(known)} here"
         )
+    if needs_fp8:
+        lacking = without_fp8(chosen)
+        if lacking:
+            raise ConfigError(
+                f"--fp8 is not possible for {_gpu_names(lacking)}: GPUs have 8-bit floats from sm_89 on; "
+                "leave one of the two out"
+            )
+        known = tuple(capability for capability in known if not without_fp8([capability]))
     return EngineTarget(
         package, trt.__version__, chosen or known, workspace_bytes, weight_streaming=weight_streaming
     )
+
+
+def without_fp8(compute_capabilities: Sequence[str]) -> list[str]:
+    """Those of the compute capabilities whose GPUs have no 8-bit floats."""
+    return [text for text in compute_capabilities if tuple(map(int, text.split("."))) < _FIRST_WITH_FP8]
+
+
+def check_fp8(target: EngineTarget) -> None:
+    """Raises EngineBuildError if one of the target's GPUs has no 8-bit floats."""
+    lacking = without_fp8(target.compute_capabilities)
+    if lacking:
+        raise EngineBuildError(
+            f"the model has weights of 8-bit floats, which {_gpu_names(lacking)} cannot compute with: give "
+            "the GPUs to build for, such as --gpu sm_89"
+        )
+
+
+def _gpu_names(compute_capabilities: Sequence[str]) -> str:
+    return ", ".join(f"sm_{capability.replace('.', '')}" for capability in compute_capabilities)
 
 
 class Network:

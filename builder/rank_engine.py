@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from trtforge.builder.engine import EngineTarget, Network, OnProgress
+from trtforge.builder.engine import EngineTarget, Network, OnProgress, check_fp8
 from trtforge.builder.engine_cache import EngineCache, EngineRecipe, write_engine
 from trtforge.builder.lower import lower
 from trtforge.builder.plugin_graph import lower_for_plugins, register_plugins
@@ -42,6 +42,8 @@ def build_rank_engine(
     on_progress(0.0, "lower graph")
     if kernels is None:
         model = lower(graph, kv_cache.block_size, tp_size=tp_size)
+        if any(value.dtype == ir.DataType.FLOAT8E4M3FN for value in model.graph.initializers.values()):
+            check_fp8(target)
         proto = ir.to_proto(model)
     else:
         model, proto = lower_for_plugins(graph, kv_cache.block_size, tp_size)
