@@ -6,12 +6,14 @@ No other module of the builder imports them, and this one does only when an engi
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from trtforge.builder.engine_facts import EngineFacts, EngineLayers, EngineTensor
 from trtforge.builder.engine_progress import BuildPhases
 from trtforge.errors import ConfigError, EngineBuildError, PluginError
 from trtforge.manifest import Profile
@@ -39,15 +41,6 @@ class EngineTarget:
     weight_streaming: bool = False  # weights may stay in host memory
 
 
-@dataclass(frozen=True, slots=True)
-class NetworkTensor:
-    """An input or output as TensorRT sees it. Dims without a fixed size have their name, or -1."""
-
-    name: str
-    dtype: str  # as numpy calls it
-    dims: tuple[str | int, ...]
-
-
 def choose_target(
     runtime: EngineRuntime,
     gpus: Sequence[str] = (),
@@ -66,7 +59,7 @@ def choose_target(
     trt = load_package(package)
     if package == "tensorrt":
         check_compiler()
-    known = _compute_capabilities(trt) or (_own_compute_capability(package),)
+    known = _compute_capabilities(trt) or (own_compute_capability(package),)
     chosen = tuple(re.sub(r"sm_(\d+)(\d)", r"\1.\2", gpu) for gpu in gpus)
     unknown = [gpu for gpu, capability in zip(gpus, chosen, strict=True) if capability not in known]
     if unknown:
@@ -133,11 +126,28 @@ class Network:
         """Layers of TensorRT, of which a node of ONNX becomes one or several."""
         return int(self._network.num_layers)
 
-    def inputs(self) -> tuple[NetworkTensor, ...]:
+    def facts(self) -> EngineFacts:
+        """What can be said of the engine before it is built, and not after."""
+        layers = map(self._network.get_layer, range(self._network.num_layers))
+        counts = Counter(
+            (layer.type.name.lower(), _dtype_name(layer.get_output(0)))
+            for layer in layers
+            if layer.num_outputs
+        )
+        return EngineFacts(
+            inputs=self.inputs(),
+            outputs=self.outputs(),
+            layers=tuple(
+                EngineLayers(type=kind, dtype=dtype, count=count)
+                for (kind, dtype), count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+            ),
+        )
+
+    def inputs(self) -> tuple[EngineTensor, ...]:
         """What the engine is going to take, in the graph's order."""
         return tuple(map(self._tensor, map(self._network.get_input, range(self._network.num_inputs))))
 
-    def outputs(self) -> tuple[NetworkTensor, ...]:
+    def outputs(self) -> tuple[EngineTensor, ...]:
         """What the engine is going to give, in the graph's order."""
         return tuple(map(self._tensor, map(self._network.get_output, range(self._network.num_outputs))))
 
@@ -167,13 +177,13 @@ class Network:
             )
         return memoryview(engine)
 
-    def _tensor(self, tensor: Any) -> NetworkTensor:
+    def _tensor(self, tensor: Any) -> EngineTensor:
         dims = tuple(
             int(size) if size >= 0 else tensor.get_dimension_name(axis) or -1
             for axis, size in enumerate(tensor.shape)
         )
-        dtype = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}.get(tensor.dtype.name)
-        return NetworkTensor(tensor.name, dtype or tensor.dtype.name.lower(), dims)
+        dtype = _dtype_name(tensor)
+        return EngineTensor(name=tensor.name, dtype=dtype, dims=dims)
 
     def _set_target(self, config: Any, target: EngineTarget) -> None:
         if hasattr(self._trt, "ComputeCapability"):
@@ -209,6 +219,12 @@ class Network:
             )
 
 
+def _dtype_name(tensor: Any) -> str:
+    """As numpy calls it."""
+    name: str = tensor.dtype.name
+    return {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}.get(name, name.lower())
+
+
 def _compute_capabilities(trt: Any) -> tuple[str, ...]:
     """The compute capabilities that can be chosen; none where the package builds for this machine's GPU."""
     if not hasattr(trt, "ComputeCapability"):
@@ -218,7 +234,7 @@ def _compute_capabilities(trt: Any) -> tuple[str, ...]:
     return tuple(f"{major}.{minor}" for major, minor in pairs if (major, minor) >= _FIRST_COMPUTE_CAPABILITY)
 
 
-def _own_compute_capability(package: str) -> str:
+def own_compute_capability(package: str) -> str:
     """This machine's. Raises ConfigError if it has no GPU, or one that there are no kernels for."""
     if find_spec("cuda") is None:
         raise ConfigError(f"{package} builds on a GPU, through cuda-bindings: pip install 'trtforge[gpu]'")
