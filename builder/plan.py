@@ -96,6 +96,8 @@ def choose_engine_target(options: BuildOptions) -> EngineTarget | None:
         options.gpus,
         workspace_bytes=options.workspace_bytes,
         weight_streaming=options.weight_streaming,
+        # Full TensorRT gets this project's operator, which needs no arithmetic of 8 bits.
+        needs_fp8=options.fp8 and options.runtime == "tensorrt-rtx",
     )
 
 

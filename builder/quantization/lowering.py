@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import onnx_ir as ir
 import torch
@@ -26,6 +26,11 @@ from trtforge.builder.quantization.policy import (
     find_exclusion,
 )
 from trtforge.builder.quantization.rounding import round_weight
+from trtforge.builder.quantization.signed import (
+    declare_signed_parts,
+    make_signed_parts,
+    use_signed_weight,
+)
 from trtforge.builder.quantization.slices import take
 from trtforge.builder.quantization.units import rank_group_size
 from trtforge.builder.quantization.weights import QuantizedLinear, QuantizedWeight
@@ -146,7 +151,7 @@ def _round_later(
         quantization.format,
         (out_features, in_features),
         "rounded to the nearest",
-        functools.partial(_round, tensor, quantization, group_size),
+        partial(_round, tensor, quantization, group_size),
         group_size,
     )
     return linear if columns is None else take(source.name, linear, 1, columns.ranges)
@@ -188,7 +193,7 @@ def _chooses_experts(node: ir.Node) -> bool:
 
 def _why_not_lowered(linear: QuantizedLinear, lowering: Lowering) -> str | None:
     _, in_features = linear.shape
-    if lowering == "native":
+    if lowering != "plugin":
         return None
     if linear.format == "int8":
         return "there is no operator for int8 weights"
@@ -208,9 +213,12 @@ def _replace_weight(
     name, dtype = value.name, value.dtype
     nodes = [use.node for use in value.uses()]
     del graph.initializers[name]
-    make = functools.partial(make_parts, linear, lowering, dtype)
+    if lowering == "signed":
+        declared, make = declare_signed_parts(linear, dtype), partial(make_signed_parts, linear, dtype)
+    else:
+        declared, make = declare_parts(linear, lowering, dtype), partial(make_parts, linear, lowering, dtype)
     parts: dict[str, ir.Value] = {}
-    for key, part in declare_parts(linear, lowering, dtype).items():
+    for key, part in declared.items():
         parts[key] = ir.Value(
             name=name + key,
             type=ir.TensorType(part.dtype),
@@ -222,6 +230,8 @@ def _replace_weight(
             _insert(graph, node, ir.node("Mul", [node.inputs[0], parts[INPUT_SCALE]]))
         if lowering == "native":
             _use_standard_operators(graph, node, linear, parts, dtype)
+        elif lowering == "signed":
+            use_signed_weight(graph, node, linear, parts)
         else:
             _use_own_operator(graph, node, linear, parts)
     for part_value in parts.values():

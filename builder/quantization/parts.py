@@ -84,7 +84,7 @@ def make_parts(
     for key, part in declare_parts(linear, lowering, dtype).items():
         array = np.ascontiguousarray(arrays[key]).reshape(part.shape)
         if part.dtype == ir.DataType.UINT4:
-            tensors[key] = ir.PackedTensor(_pack_nibbles(array), part.dtype, shape=part.shape)
+            tensors[key] = ir.PackedTensor(pack_nibbles(array), part.dtype, shape=part.shape)
         else:
             tensors[key] = ir.Tensor(array, dtype=part.dtype)
     return tensors
@@ -115,7 +115,7 @@ def _plugin_arrays(weight: QuantizedWeight, dtype: ir.DataType) -> dict[str, Arr
     return {VALUES: weight.values, SCALES: weight.scale}
 
 
-def _pack_nibbles(values: Array) -> Array:
+def pack_nibbles(values: Array) -> Array:
     """Two values a byte, the first in the low half; one half of the last byte may be unused."""
     flat = values.reshape(-1)
     if flat.size % 2:

@@ -12,13 +12,19 @@ from trtforge.errors import ConfigError
 from trtforge.manifest import Runtime
 from trtforge.plugins.int4_gemm.op import GROUP_SIZES
 
-# What the graph of a runtime has for a quantized projection: standard operators before a Linear node, or
-# the operators of this project.
-Lowering = Literal["native", "plugin"]
-LOWERINGS: dict[Runtime, Lowering] = {"openvino": "native", "reference": "plugin", "tensorrt": "plugin"}
+# What the graph of a runtime has for a quantized projection: standard operators before a Linear node, with
+# zero points or with signed numbers, or the operators of this project.
+Lowering = Literal["native", "signed", "plugin"]
+LOWERINGS: dict[Runtime, Lowering] = {
+    "openvino": "native",
+    "reference": "plugin",
+    "tensorrt": "plugin",
+    "tensorrt-rtx": "signed",
+}
 
 _FORMATS: dict[Lowering, tuple[QuantizedFormat, ...]] = {
     "native": ("int4", "fp8", "int8"),
+    "signed": ("int4", "fp8", "int8"),
     "plugin": ("int4", "fp8"),
 }
 
