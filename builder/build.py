@@ -105,7 +105,7 @@ def _calibrate(
         default_cache_folder(),
         stage.on_progress,
     )
-    return replace(Checkpoint.open(str(folder)), folder=checkpoint.folder)
+    return replace(Checkpoint.open(str(folder)), path=checkpoint.path)
 
 
 def _reuse(target: Path, key: str, options: BuildOptions) -> BuildResult | None:
@@ -152,7 +152,7 @@ def _fill(
     """Make the model's whole folder in the staging area."""
     version = area.folder / VERSION_FOLDER
     with stages.stage("convert tokenizer"):
-        write_tokenizer(checkpoint.folder, version / TOKENIZER_FOLDER)
+        write_tokenizer(checkpoint.tokenizer, version / TOKENIZER_FOLDER)
     with stages.stage("export graph") as stage:
         # Its imports take seconds, which a cache hit does without.
         from trtforge.builder.export import ONNX_FILE, export_model, write_graph

@@ -22,7 +22,10 @@ from trtforge.builder.options import (
 
 def build(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Hugging Face model: a local folder or a hub id.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Hugging Face model: a local folder or a hub id. Or a GGUF file."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Triton model repository to build into.")],
     name: Annotated[
@@ -144,6 +147,7 @@ def build(
       build-engine ./model -o repository --runtime tensorrt-rtx --gpu sm_89
       build-engine ./model -o repository --runtime tensorrt
       build-engine ./model -o repository --int4 --exclude '*.layers.0.*'
+      build-engine ./model.Q4_K_M.gguf -o repository
 
     \b
     Exit codes:

@@ -119,7 +119,7 @@ def write_graph(
 def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     """Tokens that end a text, from generation_config.json or else config.json."""
     ids: Any = None
-    path = checkpoint.folder / "generation_config.json"
+    path = checkpoint.path / "generation_config.json"
     if path.is_file():
         ids = read_json(path).get("eos_token_id")
     if ids is None:

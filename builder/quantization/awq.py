@@ -56,6 +56,11 @@ def calibrate_awq(
     sequences of `texts` that the model has read. Raises ConfigError for texts that are too short or a model
     without groups, and ExportError for what ModelOpt cannot do.
     """
+    if checkpoint.gguf is not None:
+        raise ConfigError(
+            "--calibrate awq loads the model by transformers: give its Hugging Face folder instead of "
+            f"{checkpoint.gguf}"
+        )
     folder = cache / _key(checkpoint.content_key(), quantization, texts)
     if folder.is_dir():
         return folder
@@ -69,7 +74,7 @@ def calibrate_awq(
             raise
         except Exception as error:  # ModelOpt, and modeling code under it, raise nearly everything
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-            raise ExportError(f"{MODELOPT} cannot calibrate {checkpoint.folder}: {reason}") from error
+            raise ExportError(f"{MODELOPT} cannot calibrate {checkpoint.path}: {reason}") from error
         if not folder.is_dir():  # another build may have been faster
             work.rename(folder)
     return folder
@@ -98,8 +103,8 @@ def _calibrate(
     from modelopt.torch.export import export_hf_checkpoint
 
     dtype = getattr(torch, checkpoint.dtype)
-    hf = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, trust_remote_code=False).eval()
-    sequences = _sequences(checkpoint.folder, texts)
+    hf = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, trust_remote_code=False).eval()
+    sequences = _sequences(checkpoint.path, texts)
     # It runs the model once to collect statistics and once to search.
     total, done = 2 * len(sequences), 0
 

@@ -30,7 +30,7 @@ def find_reference(
     Raises what `find_manifest_folder`, `check_tokenizer` and `build` raise.
     """
     path = Path(source)
-    if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
         folder = find_manifest_folder(path)
         check_tokenizer(folder / Manifest.load(folder).tokenizer)
         yield folder
@@ -46,7 +46,7 @@ def find_reference(
 
     with tempfile.TemporaryDirectory(prefix="trtforge-evaluate-") as scratch:
         tokenizer = Path(scratch, "tokenizer")
-        write_tokenizer(Checkpoint.open(source).folder, tokenizer)
+        write_tokenizer(Checkpoint.open(source).tokenizer, tokenizer)
         check_tokenizer(tokenizer)
         options = BuildOptions(
             model=source,
