@@ -137,6 +137,8 @@ def build(
 ) -> None:
     """Build a Hugging Face model into a Triton model repository.
 
+    Weights that the checkpoint has quantized keep their numbers; --int4, --fp8 and --int8 are for others.
+
     OUTPUT/NAME appears whole or not at all. If exactly this build is there already, nothing is done.
 
     \b

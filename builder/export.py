@@ -14,7 +14,13 @@ from trtforge.builder.checkpoint import Checkpoint, read_json
 from trtforge.builder.meta_model import build_meta_model
 from trtforge.builder.optimize import optimize
 from trtforge.builder.quantization.lowering import quantize_linears
-from trtforge.builder.quantization.policy import Lowering, Quantization, WeightChoice
+from trtforge.builder.quantization.policy import (
+    Lowering,
+    Quantization,
+    WeightChoice,
+    check_exclusions,
+    check_projections,
+)
 from trtforge.builder.trace import WEIGHT_PREFIX, trace
 from trtforge.builder.weights import (
     WeightSource,
@@ -64,6 +70,10 @@ def export_model(
     stage("model")
     hf = build_meta_model(checkpoint.config, getattr(torch, dtype))
     sources = locate_weights(hf, checkpoint)
+    if quantization is not None:
+        # Before the trace, which takes minutes with a large model.
+        check_exclusions([source.name for source in sources.values()], quantization.exclude)
+        check_projections(_in_features(hf, sources), quantization)
     model, layers = trace(hf, getattr(torch, dtype), stage)
     stage("optimize")
     weights = detach_weights(model.graph)
@@ -86,6 +96,15 @@ def export_model(
         eos_token_ids=_eos_token_ids(checkpoint),
         weights=choices,
     )
+
+
+def _in_features(hf: Any, sources: Mapping[str, WeightSource]) -> dict[str, int]:
+    """Columns of each projection's weight, by its stored name; the output embedding is not one."""
+    return {
+        sources[f"{name}.weight"].name: module.in_features
+        for name, module in hf.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not hf.get_output_embeddings()
+    }
 
 
 def _output_embedding(hf: Any, sources: Mapping[str, WeightSource]) -> str:

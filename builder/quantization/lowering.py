@@ -23,7 +23,6 @@ from trtforge.builder.quantization.policy import (
     Lowering,
     Quantization,
     WeightChoice,
-    check_exclusions,
     choose_group_size,
     find_exclusion,
 )
@@ -64,7 +63,7 @@ def quantize_linears(
     Weights that the checkpoint holds quantized keep their numbers; others are rounded as `quantization`
     says. No data is read before the graph's weights are written, and then one weight at a time.
 
-    Raises ConfigError if `quantization` can be applied to no weight, or excludes one that does not exist.
+    Raises ConfigError if `quantization` can be applied to no weight.
     """
     latest = LatestParts()
     choices = []
@@ -73,8 +72,6 @@ def quantize_linears(
         for value in graph.initializers.values()
         if value.name in sources and len(value.shape) > 1 and value.dtype in _DTYPE_NAMES
     ]
-    if quantization is not None:
-        check_exclusions([value.name for value in weights], quantization.exclude)
     for value in weights:
         found = _choose(value, sources[value.name], lowering, quantization, output_embedding)
         choice = WeightChoice(

@@ -320,6 +320,21 @@ def write_split(file: Path, tokenizer: Path) -> None:
     writer.close()
 
 
+def test_numbers_of_four_bits_are_not_rounded_once_more(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    write_file(file, "llama", KINDS, tiny_tokenizer)
+    options = {"model": str(file), "output": tmp_path / "repository", "int4": True}
+    with pytest.raises(ConfigError, match=r"is quantized already \(gguf\), and --int4 would round"):
+        build(BuildOptions(**options))
+    write_file(file, "llama", {"": Kind.F16}, tiny_tokenizer)
+    with pytest.raises(ConfigError, match="--calibrate awq loads the model by transformers"):
+        build(BuildOptions(**options, calibrate="awq"))
+    checkpoint = Checkpoint.open(str(file))
+    value = checkpoint.quantized["model.layers.0.self_attn.q_proj.weight"]
+    assert isinstance(value, ComputedWeight)
+    assert value.reason == "not quantized in the checkpoint"
+
+
 def test_a_file_that_is_cut_off_or_none(tiny_tokenizer: Path, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     write_file(file, "llama", KINDS, tiny_tokenizer)

@@ -235,8 +235,13 @@ def test_what_no_group_divides_stays_and_if_nothing_is_left_the_build_ends(tmp_p
     assert kinds["up_proj"] == "float32"
     reasons = {choice.name.split(".")[-2]: choice.reason for choice in exported.weights}
     assert "48 input features are no multiple of 32" in reasons["up_proj"]
-    with pytest.raises(ConfigError, match="--int4 can be applied to no weight of this model"):
+    with pytest.raises(ConfigError, match=r"--int4 .* input features \(48\) are a multiple of 32"):
         export(model, tmp_path / "none", Quantization("int4", exclude=("*down_proj*",)), "native")
+    with pytest.raises(ConfigError, match=r"--int8 .* no weight of this model: --exclude leaves out all"):
+        export(model, tmp_path / "none", Quantization("int8", exclude=("*_proj*",)), "native")
+    with pytest.raises(ConfigError, match="--exclude 'nothing' matches no weight"):
+        export(model, tmp_path / "none", Quantization("int8", exclude=("nothing",)), "native")
+    assert not (tmp_path / "none").exists()
 
 
 def test_experts_and_routers_stay(tmp_path: Path) -> None:
