@@ -15,6 +15,7 @@ from trtforge.builder.meta_model import build_meta_model
 from trtforge.builder.optimize import optimize
 from trtforge.builder.quantization.lowering import quantize_linears
 from trtforge.builder.quantization.policy import (
+    InputScales,
     Lowering,
     Quantization,
     WeightChoice,
@@ -57,11 +58,13 @@ def export_model(
     *,
     quantization: Quantization | None = None,
     lowering: Lowering | None = None,
+    input_scales: InputScales | None = None,
     on_stage: Callable[[str], None] | None = None,
 ) -> ExportedModel:
     """Trace the model in `dtype` and attach the checkpoint's weights, rounded as `quantization` says.
 
-    `lowering` is how projections with quantized weights are expressed; None if there are none. Peak memory
+    `lowering` is how projections with quantized weights are expressed; None if there are none. `input_scales`
+    are of projections that `quantization` rounds. Peak memory
     does not depend on the model's size: tracing happens on the meta device. `on_stage` is told what begins.
     Raises ExportError, naming the reason, for a model that cannot be expressed, and ConfigError for a
     quantization that cannot be applied to it.
@@ -83,7 +86,9 @@ def export_model(
     if lowering is not None:
         by_stored_name = {source.name: source for source in sources.values()}
         output_embedding = _output_embedding(hf, sources)
-        choices = quantize_linears(model.graph, by_stored_name, lowering, quantization, output_embedding)
+        choices = quantize_linears(
+            model.graph, by_stored_name, lowering, quantization, output_embedding, input_scales or {}
+        )
     parameters = {id(parameter): parameter.numel() for parameter in hf.parameters()}
     return ExportedModel(
         model=model,

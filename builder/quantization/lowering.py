@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -20,6 +21,7 @@ from trtforge.builder.quantization.parts import (
     make_parts,
 )
 from trtforge.builder.quantization.policy import (
+    InputScales,
     Lowering,
     Quantization,
     WeightChoice,
@@ -33,7 +35,7 @@ from trtforge.errors import ConfigError
 from trtforge.plugins.fp8_gemm.op import FP8_GEMM, SCALE_BLOCK
 from trtforge.plugins.int4_gemm.op import CHUNK, GROUP_SIZES, INT4_GEMM
 from trtforge.plugins.linear.op import LINEAR
-from trtforge.plugins.op import DOMAIN
+from trtforge.plugins.op import DOMAIN, Array
 
 _DTYPE_NAMES = {
     ir.DataType.FLOAT: "float32",
@@ -57,11 +59,13 @@ def quantize_linears(
     lowering: Lowering,
     quantization: Quantization | None,
     output_embedding: str,
+    input_scales: InputScales,
 ) -> tuple[WeightChoice, ...]:
     """Change `graph` in place; returns what became of each weight of two dims or more.
 
-    Weights that the checkpoint holds quantized keep their numbers; others are rounded as `quantization`
-    says. No data is read before the graph's weights are written, and then one weight at a time.
+    Weights that the checkpoint holds quantized keep their numbers; others are rounded as `quantization` says,
+    with the `input_scales` that they have. No data is read before the graph's weights are written, and then
+    one weight at a time.
 
     Raises ConfigError if `quantization` can be applied to no weight.
     """
@@ -73,7 +77,9 @@ def quantize_linears(
         if value.name in sources and len(value.shape) > 1 and value.dtype in _DTYPE_NAMES
     ]
     for value in weights:
-        found = _choose(value, sources[value.name], lowering, quantization, output_embedding)
+        found = _choose(
+            value, sources[value.name], lowering, quantization, output_embedding, input_scales.get(value.name)
+        )
         choice = WeightChoice(
             name=value.name,
             shape=tuple(value.shape.numpy()),
@@ -102,6 +108,7 @@ def _choose(
     lowering: Lowering,
     quantization: Quantization | None,
     output_embedding: str,
+    input_scale: Array | None,
 ) -> QuantizedLinear | str:
     """The quantized weight, or why there is none."""
     stored = source.quantized
@@ -129,12 +136,15 @@ def _choose(
         if group_size is None:
             return f"{in_features} input features are no multiple of {min(GROUP_SIZES)}, the smallest group"
     tensor = CheckpointTensor(value.dtype, source) if stored is None else value.const_value
+    if input_scale is not None:  # as the graph will have it
+        input_scale = input_scale.astype(value.dtype.numpy()).astype(np.float32)
     linear = QuantizedLinear(
         quantization.format,
         (out_features, in_features),
-        "rounded to the nearest",
-        functools.partial(_round, tensor, quantization, group_size),
+        "rounded to the nearest" + (" with AWQ's scales" if input_scale is not None else ""),
+        functools.partial(_round, tensor, quantization, group_size, input_scale),
         group_size,
+        read_input_scale=None if input_scale is None else lambda: input_scale,
     )
     return _why_not_lowered(linear, lowering) or linear
 
@@ -145,9 +155,13 @@ def _describe(linear: QuantizedLinear, lowering: Lowering) -> str:
     return linear.source
 
 
-def _round(tensor: ir.TensorProtocol, quantization: Quantization, group_size: int | None) -> QuantizedWeight:
+def _round(
+    tensor: ir.TensorProtocol, quantization: Quantization, group_size: int | None, input_scale: Array | None
+) -> QuantizedWeight:
     data = torch.frombuffer(bytearray(tensor.tobytes()), dtype=_TORCH_DTYPES[tensor.dtype])
     weight = data.reshape(tuple(tensor.shape.numpy()))
+    if input_scale is not None:
+        weight = weight.float() / torch.from_numpy(input_scale)
     return round_weight(tensor.name, weight, quantization.format, group_size)
 
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
+
 from trtforge.builder.quantization.weights import QuantizedFormat
 from trtforge.errors import ConfigError
 from trtforge.manifest import Runtime
@@ -21,6 +24,10 @@ _FORMATS: dict[Lowering, tuple[QuantizedFormat, ...]] = {
     "native": ("int4", "fp8", "int8"),
     "plugin": ("int4", "fp8"),
 }
+
+
+# What inputs of a projection are multiplied by, [in], and its weight's columns divided, by the weight's name.
+InputScales = Mapping[str, npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,9 +100,9 @@ class Evaluation:
             change = f"{ours.perplexity_ratio - 1:+.2%} ± {ours.perplexity_ratio_error:.2%}"
             rows |= {
                 "perplexity, change": [change],
-                "KL divergence, nats: mean": [f"{ours.mean_kl:.4f}"],
-                "KL divergence: 99 %": [f"{ours.p99_kl:.3f}"],
-                "KL divergence: largest": [f"{ours.max_kl:.2f}"],
+                "KL divergence, nats: mean": [f"{ours.mean_kl:.3g}"],
+                "KL divergence: 99 %": [f"{ours.p99_kl:.3g}"],
+                "KL divergence: largest": [f"{ours.max_kl:.3g}"],
                 "same likeliest token": [f"{ours.top1:.2%}"],
             }
         rows |= {
