@@ -22,7 +22,10 @@ from trtforge.builder.options import (
 
 def build(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Hugging Face model: a local folder or a hub id.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Hugging Face model: a local folder or a hub id. Or a GGUF file."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Triton model repository to build into.")],
     name: Annotated[
@@ -134,6 +137,8 @@ def build(
 ) -> None:
     """Build a Hugging Face model into a Triton model repository.
 
+    Weights that the checkpoint has quantized keep their numbers; --int4, --fp8 and --int8 are for others.
+
     OUTPUT/NAME appears whole or not at all. If exactly this build is there already, nothing is done.
 
     \b
@@ -144,6 +149,7 @@ def build(
       build-engine ./model -o repository --runtime tensorrt-rtx --gpu sm_89
       build-engine ./model -o repository --runtime tensorrt
       build-engine ./model -o repository --int4 --exclude '*.layers.0.*'
+      build-engine ./model.Q4_K_M.gguf -o repository
 
     \b
     Exit codes:

@@ -14,7 +14,14 @@ from trtforge.builder.checkpoint import Checkpoint, read_json
 from trtforge.builder.meta_model import build_meta_model
 from trtforge.builder.optimize import optimize
 from trtforge.builder.quantization.lowering import quantize_linears
-from trtforge.builder.quantization.policy import Lowering, Quantization, WeightChoice
+from trtforge.builder.quantization.policy import (
+    InputScales,
+    Lowering,
+    Quantization,
+    WeightChoice,
+    check_exclusions,
+    check_projections,
+)
 from trtforge.builder.trace import WEIGHT_PREFIX, trace
 from trtforge.builder.weights import (
     WeightSource,
@@ -51,11 +58,13 @@ def export_model(
     *,
     quantization: Quantization | None = None,
     lowering: Lowering | None = None,
+    input_scales: InputScales | None = None,
     on_stage: Callable[[str], None] | None = None,
 ) -> ExportedModel:
     """Trace the model in `dtype` and attach the checkpoint's weights, rounded as `quantization` says.
 
-    `lowering` is how projections with quantized weights are expressed; None if there are none. Peak memory
+    `lowering` is how projections with quantized weights are expressed; None if there are none. `input_scales`
+    are of projections that `quantization` rounds. Peak memory
     does not depend on the model's size: tracing happens on the meta device. `on_stage` is told what begins.
     Raises ExportError, naming the reason, for a model that cannot be expressed, and ConfigError for a
     quantization that cannot be applied to it.
@@ -64,6 +73,10 @@ def export_model(
     stage("model")
     hf = build_meta_model(checkpoint.config, getattr(torch, dtype))
     sources = locate_weights(hf, checkpoint)
+    if quantization is not None:
+        # Before the trace, which takes minutes with a large model.
+        check_exclusions([source.name for source in sources.values()], quantization.exclude)
+        check_projections(_in_features(hf, sources), quantization)
     model, layers = trace(hf, getattr(torch, dtype), stage)
     stage("optimize")
     weights = detach_weights(model.graph)
@@ -73,7 +86,9 @@ def export_model(
     if lowering is not None:
         by_stored_name = {source.name: source for source in sources.values()}
         output_embedding = _output_embedding(hf, sources)
-        choices = quantize_linears(model.graph, by_stored_name, lowering, quantization, output_embedding)
+        choices = quantize_linears(
+            model.graph, by_stored_name, lowering, quantization, output_embedding, input_scales or {}
+        )
     parameters = {id(parameter): parameter.numel() for parameter in hf.parameters()}
     return ExportedModel(
         model=model,
@@ -86,6 +101,15 @@ def export_model(
         eos_token_ids=_eos_token_ids(checkpoint),
         weights=choices,
     )
+
+
+def _in_features(hf: Any, sources: Mapping[str, WeightSource]) -> dict[str, int]:
+    """Columns of each projection's weight, by its stored name; the output embedding is not one."""
+    return {
+        sources[f"{name}.weight"].name: module.in_features
+        for name, module in hf.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not hf.get_output_embeddings()
+    }
 
 
 def _output_embedding(hf: Any, sources: Mapping[str, WeightSource]) -> str:
@@ -119,7 +143,7 @@ def write_graph(
 def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     """Tokens that end a text, from generation_config.json or else config.json."""
     ids: Any = None
-    path = checkpoint.folder / "generation_config.json"
+    path = checkpoint.path / "generation_config.json"
     if path.is_file():
         ids = read_json(path).get("eos_token_id")
     if ids is None:

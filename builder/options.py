@@ -54,7 +54,7 @@ class BuildOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str  # local Hugging Face folder or hub id
+    model: str  # local Hugging Face folder, GGUF file or hub id
     output: Path  # the Triton model repository
     name: str = "llm"
     runtime: RuntimeChoice = "auto"

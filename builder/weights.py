@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 )
 
 from trtforge.builder.checkpoint import Checkpoint, TensorEntry
-from trtforge.builder.quantization.weights import QuantizedLinear
+from trtforge.builder.quantization.weights import ComputedWeight, QuantizedLinear
 from trtforge.errors import ExportError
 
 _CHUNK_BYTES = 1 << 24
@@ -56,13 +56,13 @@ class WeightSource:
     """A weight's name in the model, shape, and the pieces whose elements, one after the other, are its
     elements in C order. Weights that are tied are one, under the name that is stored.
 
-    A weight that is stored quantized has no pieces.
+    A weight that is stored quantized, or computed, has no pieces.
     """
 
     name: str
     shape: tuple[int, ...]
     pieces: tuple[TensorEntry, ...]
-    quantized: QuantizedLinear | None = None
+    quantized: QuantizedLinear | ComputedWeight | None = None
 
     def chunks(self) -> Iterator[tuple[str, bytes]]:
         """The stored bytes, a few MiB at a time, each with the dtype it is stored in."""
@@ -133,7 +133,7 @@ def locate_weights(hf: Any, checkpoint: Checkpoint) -> dict[str, WeightSource]:
     missing = sorted(aliases.keys() - sources.keys(), key=dot_natural_key)
     if missing:
         raise ExportError(
-            f"the checkpoint in {checkpoint.folder} lacks {len(missing)} of the model's weights: "
+            f"the checkpoint in {checkpoint.path} lacks {len(missing)} of the model's weights: "
             f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}"
         )
     for name, source in sources.items():
@@ -159,11 +159,11 @@ def _follow_rules(hf: Any, checkpoint: Checkpoint) -> dict[str, WeightSource]:
             target, pattern = key, None
         if target not in state:
             continue
-        quantized = checkpoint.quantized.get(key)
-        if quantized is not None and pattern is not None:
+        stored = checkpoint.quantized.get(key)
+        if stored is not None and pattern is not None:
             raise ExportError(f"{key} is an expert's weight that is quantized, which is not supported yet")
-        if quantized is not None:
-            plain[target] = WeightSource(target, quantized.shape, (), quantized)
+        if stored is not None:
+            plain[target] = WeightSource(target, stored.shape, (), stored)
         elif pattern is None:
             entry = checkpoint.tensors[key]
             plain[target] = WeightSource(target, entry.shape, (entry,))
@@ -277,8 +277,10 @@ def _tensor(dtype: ir.DataType, source: WeightSource) -> ir.TensorProtocol:
     )
 
 
-def _dequantized_tensor(dtype: ir.DataType, name: str, linear: QuantizedLinear) -> ir.LazyTensor:
+def _dequantized_tensor(
+    dtype: ir.DataType, name: str, stored: QuantizedLinear | ComputedWeight
+) -> ir.LazyTensor:
     def read() -> ir.TensorProtocol:
-        return ir.Tensor(linear.dequantize().astype(dtype.numpy()), dtype=dtype, name=name)
+        return ir.Tensor(stored.dequantize().astype(dtype.numpy()), dtype=dtype, name=name)
 
-    return ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(linear.shape), name=name)
+    return ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(stored.shape), name=name)

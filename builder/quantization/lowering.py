@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -20,10 +21,10 @@ from trtforge.builder.quantization.parts import (
     make_parts,
 )
 from trtforge.builder.quantization.policy import (
+    InputScales,
     Lowering,
     Quantization,
     WeightChoice,
-    check_exclusions,
     choose_group_size,
     find_exclusion,
 )
@@ -34,7 +35,7 @@ from trtforge.errors import ConfigError
 from trtforge.plugins.fp8_gemm.op import FP8_GEMM, SCALE_BLOCK
 from trtforge.plugins.int4_gemm.op import CHUNK, GROUP_SIZES, INT4_GEMM
 from trtforge.plugins.linear.op import LINEAR
-from trtforge.plugins.op import DOMAIN
+from trtforge.plugins.op import DOMAIN, Array
 
 _DTYPE_NAMES = {
     ir.DataType.FLOAT: "float32",
@@ -46,6 +47,7 @@ _TORCH_DTYPES = {
     ir.DataType.BFLOAT16: torch.bfloat16,
     ir.DataType.FLOAT16: torch.float16,
 }
+_NOT_QUANTIZED = "not quantized in the checkpoint"
 _FP8_COLUMNS = 16  # Fp8Gemm's in_features are a multiple of this
 # What a router's scores may pass on their way to the choice of experts.
 _SCORE_OPERATORS = {"Cast", "Softmax", "Sigmoid", "Add", "Reshape", "Squeeze", "Flatten"}
@@ -57,13 +59,15 @@ def quantize_linears(
     lowering: Lowering,
     quantization: Quantization | None,
     output_embedding: str,
+    input_scales: InputScales,
 ) -> tuple[WeightChoice, ...]:
     """Change `graph` in place; returns what became of each weight of two dims or more.
 
-    Weights that the checkpoint holds quantized keep their numbers; others are rounded as `quantization`
-    says. No data is read before the graph's weights are written, and then one weight at a time.
+    Weights that the checkpoint holds quantized keep their numbers; others are rounded as `quantization` says,
+    with the `input_scales` that they have. No data is read before the graph's weights are written, and then
+    one weight at a time.
 
-    Raises ConfigError if `quantization` can be applied to no weight, or excludes one that does not exist.
+    Raises ConfigError if `quantization` can be applied to no weight.
     """
     latest = LatestParts()
     choices = []
@@ -72,10 +76,10 @@ def quantize_linears(
         for value in graph.initializers.values()
         if value.name in sources and len(value.shape) > 1 and value.dtype in _DTYPE_NAMES
     ]
-    if quantization is not None:
-        check_exclusions([value.name for value in weights], quantization.exclude)
     for value in weights:
-        found = _choose(value, sources[value.name], lowering, quantization, output_embedding)
+        found = _choose(
+            value, sources[value.name], lowering, quantization, output_embedding, input_scales.get(value.name)
+        )
         choice = WeightChoice(
             name=value.name,
             shape=tuple(value.shape.numpy()),
@@ -104,18 +108,24 @@ def _choose(
     lowering: Lowering,
     quantization: Quantization | None,
     output_embedding: str,
+    input_scale: Array | None,
 ) -> QuantizedLinear | str:
     """The quantized weight, or why there is none."""
-    if source.quantized is None and value.name == output_embedding:
+    stored = source.quantized
+    if (
+        not isinstance(stored, QuantizedLinear)
+        and value.name == output_embedding
+        and quantization is not None
+    ):
         return "the output embedding stays as it is by policy"
     reason = _why_no_projection(value)
-    if source.quantized is not None:
-        reason = reason or _why_not_lowered(source.quantized, lowering)
-        return f"dequantized: {reason}" if reason else source.quantized
+    if isinstance(stored, QuantizedLinear):
+        reason = reason or _why_not_lowered(stored, lowering)
+        return f"dequantized: {reason}" if reason else stored
+    if quantization is None:
+        return _NOT_QUANTIZED if stored is None else stored.reason
     if reason:
         return reason
-    if quantization is None:
-        return "not quantized in the checkpoint"
     pattern = find_exclusion(value.name, quantization.exclude)
     if pattern is not None:
         return f"excluded by {pattern!r}"
@@ -125,13 +135,16 @@ def _choose(
         group_size = choose_group_size(in_features, quantization.group_size)
         if group_size is None:
             return f"{in_features} input features are no multiple of {min(GROUP_SIZES)}, the smallest group"
-    tensor = CheckpointTensor(value.dtype, source)
+    tensor = CheckpointTensor(value.dtype, source) if stored is None else value.const_value
+    if input_scale is not None:  # as the graph will have it
+        input_scale = input_scale.astype(value.dtype.numpy()).astype(np.float32)
     linear = QuantizedLinear(
         quantization.format,
         (out_features, in_features),
-        "rounded to the nearest",
-        functools.partial(_round, tensor, quantization, group_size),
+        "rounded to the nearest" + (" with AWQ's scales" if input_scale is not None else ""),
+        functools.partial(_round, tensor, quantization, group_size, input_scale),
         group_size,
+        read_input_scale=None if input_scale is None else lambda: input_scale,
     )
     return _why_not_lowered(linear, lowering) or linear
 
@@ -142,9 +155,13 @@ def _describe(linear: QuantizedLinear, lowering: Lowering) -> str:
     return linear.source
 
 
-def _round(tensor: CheckpointTensor, quantization: Quantization, group_size: int | None) -> QuantizedWeight:
+def _round(
+    tensor: ir.TensorProtocol, quantization: Quantization, group_size: int | None, input_scale: Array | None
+) -> QuantizedWeight:
     data = torch.frombuffer(bytearray(tensor.tobytes()), dtype=_TORCH_DTYPES[tensor.dtype])
     weight = data.reshape(tuple(tensor.shape.numpy()))
+    if input_scale is not None:
+        weight = weight.float() / torch.from_numpy(input_scale)
     return round_weight(tensor.name, weight, quantization.format, group_size)
 
 
@@ -176,6 +193,8 @@ def _why_not_lowered(linear: QuantizedLinear, lowering: Lowering) -> str | None:
         return None
     if linear.format == "int8":
         return "there is no operator for int8 weights"
+    if linear.has_float_zeros:
+        return "Int4Gemm has no zero points that are no whole numbers"
     step = CHUNK if linear.format == "int4" else _FP8_COLUMNS
     if in_features % step:
         return f"{in_features} input features are no multiple of {step}"
@@ -204,7 +223,9 @@ def _replace_weight(
     for node in nodes:
         if INPUT_SCALE in parts:
             _insert(graph, node, ir.node("Mul", [node.inputs[0], parts[INPUT_SCALE]]))
-        if lowering == "native":
+        if linear.has_float_zeros:
+            _use_arithmetic(graph, node, linear, parts, dtype)
+        elif lowering == "native":
             _use_standard_operators(graph, node, linear, parts, dtype)
         else:
             _use_own_operator(graph, node, linear, parts)
@@ -238,15 +259,38 @@ def _use_standard_operators(
     if PERM in parts:
         _insert(graph, node, ir.node("Gather", [node.inputs[0], parts[PERM]], {"axis": -1}))
     attributes = {"axis": 1 if len(parts[SCALES].shape) == 2 else 0}
-    if linear.format == "int4":
-        attributes["block_size"] = linear.group_size or linear.shape[1]
-    elif len(parts[SCALES].shape) == 2:
+    if linear.format == "fp8" and len(parts[SCALES].shape) == 2:
         attributes["block_size"] = SCALE_BLOCK
+    elif linear.format == "int4" or linear.group_size is not None:
+        attributes["block_size"] = linear.group_size or linear.shape[1]
     inputs = [parts[key] for key in (VALUES, SCALES, ZEROS) if key in parts]
     dequantize = ir.node("DequantizeLinear", inputs, attributes)
     _insert(graph, node, dequantize, index=1, dtype=ir.DataType.FLOAT)
     if dtype != ir.DataType.FLOAT:
         _insert(graph, node, ir.node("Cast", [node.inputs[1]], {"to": dtype.value}), index=1, dtype=dtype)
+
+
+def _use_arithmetic(
+    graph: ir.Graph, node: ir.Node, linear: QuantizedLinear, parts: Mapping[str, ir.Value], dtype: ir.DataType
+) -> None:
+    """The same without DequantizeLinear, whose zero points are of the weight's type: whole numbers."""
+    values = parts[VALUES]
+    shape = ir.tensor(linear.shape, ir.DataType.INT64, name=f"{values.name}_shape")
+    if shape.name not in graph.initializers:
+        graph.register_initializer(ir.Value(name=shape.name, const_value=shape))
+    float32 = ir.DataType.FLOAT
+    node.replace_input_with(1, values)
+    for operator, others, attributes in (
+        ("Cast", [], {"to": float32.value}),
+        ("Sub", [parts[ZEROS]], {}),
+        ("Mul", [parts[SCALES]], {}),
+        ("Reshape", [graph.initializers[shape.name]], {}),
+    ):
+        _insert(graph, node, ir.node(operator, [node.inputs[1], *others], attributes), index=1, dtype=float32)
+    node.inputs[1].shape = ir.Shape(linear.shape)
+    if dtype != float32:
+        _insert(graph, node, ir.node("Cast", [node.inputs[1]], {"to": dtype.value}), index=1, dtype=dtype)
+        node.inputs[1].name += f"_{dtype.name}"  # the first node is a Cast too
 
 
 def _use_own_operator(
