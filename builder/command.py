@@ -14,6 +14,7 @@ from trtforge.builder.options import (
     BuildOptions,
     CalibrationChoice,
     DTypeChoice,
+    KVCacheChoice,
     RuntimeChoice,
     parse_bytes,
     parse_cache_folder,
@@ -106,6 +107,10 @@ def build(
             show_default=False,
         ),
     ] = None,
+    kv_cache_dtype: Annotated[
+        KVCacheChoice,
+        typer.Option(help="Of keys and values; auto is that of --dtype, int8 is for openvino alone."),
+    ] = "auto",
     gpu: Annotated[
         list[str] | None,
         typer.Option(
@@ -179,6 +184,7 @@ def build(
         max_num_batched_tokens=max_num_batched_tokens,
         block_size=block_size,
         kv_cache_bytes=_bytes(kv_cache_bytes, "--kv-cache-bytes"),
+        kv_cache_dtype=kv_cache_dtype,
         gpus=tuple(gpu or ()),
         engine_cache=parse_cache_folder(engine_cache),
         workspace_bytes=_bytes(workspace_bytes, "--workspace-bytes"),
