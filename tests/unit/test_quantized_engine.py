@@ -47,7 +47,8 @@ def lowered_model(
     manifest = make_manifest(exported.layers, dtype=dtype)
     model = lower(folder / "model.onnx", manifest.kv_cache.block_size)
     onnx.save(ir.to_proto(model), folder / "lowered.onnx")
-    return model, manifest.model_copy(update={"ranks": (Rank(onnx="lowered.onnx"),)})
+    rank = Rank(onnx="lowered.onnx", kv_layers=exported.layers, logits_columns=exported.logits_columns)
+    return model, manifest.model_copy(update={"ranks": (rank,)})
 
 
 def check_engine(model: ir.Model, manifest: Manifest, folder: Path, target: EngineTarget) -> None:
