@@ -55,7 +55,8 @@ class ServerError(TrtforgeError):
 
 
 class DeviceError(ServerError):
-    """A GPU failed: nothing is known about its memory, and no later step of this process can be trusted."""
+    """A GPU or a rank failed: nothing is known about its memory, and no later step of this process can be
+    trusted."""
 
 
 class RequestTimeoutError(TrtforgeError):

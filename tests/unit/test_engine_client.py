@@ -18,7 +18,7 @@ import pytest
 
 from trtforge.engine_options import EngineOptions
 from trtforge.errors import CapacityError, ConfigError, RequestError, ServerError
-from trtforge.manifest import Manifest
+from trtforge.manifest import Manifest, Rank
 from trtforge.runtime.engine.client import EngineClient
 from trtforge.runtime.outputs import GenerationOutput
 from trtforge.runtime.request import GenerationRequest, SamplingParams
@@ -242,7 +242,10 @@ def test_a_model_that_cannot_be_served(
 ) -> None:
     shutil.copytree(fake_repository, tmp_path / "copy")
     folder = tmp_path / "copy" / "llm" / "1"
-    Manifest.load(folder).model_copy(update={"runtime": "tensorrt"}).save(folder)
+    manifest = Manifest.load(folder)
+    columns = (0, manifest.model.vocab_size)
+    ranks = (Rank(onnx="rank0/model.onnx", kv_layers=manifest.kv_cache.layers, logits_columns=columns),)
+    manifest.model_copy(update={"runtime": "tensorrt", "ranks": ranks}).save(folder)
     client = EngineClient(folder, EngineOptions())
     with pytest.raises(ConfigError, match="engine"):
         client.start()
