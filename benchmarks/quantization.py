@@ -1,8 +1,7 @@
 """What quantized weights cost in perplexity and gain in size and speed, on the CPU.
 
 The text is the reference of Python's `help()` (the module pydoc_data.topics), which every Python has. It is
-cut into windows; each token but the first of a window is predicted from those before it in the window, by
-the executor that serves. Each kind of weights is built, and measured in a process of its own.
+scored as `trtforge evaluate` scores it. Each kind of weights is built, and measured in a process of its own.
 
     python benchmarks/quantization.py MODEL [--tokens 20480] [--kinds bfloat16,int4] [--json FILE]
 """
@@ -14,18 +13,12 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from common import Figure, describe_machine, finish
 
 WINDOW = 1024  # tokens
-BLOCK_SIZE = 32
-DECODE_FROM, NUM_DECODES = 128, 64  # tokens in the cache before the first timed step, timed steps
-KV_CACHE_BYTES = 32 * 2**20  # of one window, so that resident memory is mostly weights
 PACKAGES = ("openvino", "torch", "transformers", "trtforge")
 
 # What each kind is built with, beside its name.
@@ -56,7 +49,6 @@ def build_kind(model: str, kind: str, repository: Path) -> dict[str, Any]:
             model=model,
             output=repository,
             max_model_len=WINDOW,
-            kv_cache_bytes=KV_CACHE_BYTES,
             force=True,
             **KINDS[kind],
         )
@@ -71,67 +63,33 @@ def build_kind(model: str, kind: str, repository: Path) -> dict[str, Any]:
 
 def measure(folder: Path, num_tokens: int, threads: int) -> dict[str, Any]:
     """Perplexity, memory and speed of the built model in `folder`, in this process."""
-    from tokenizers import Tokenizer
-
-    from trtforge.engine_options import EngineOptions
+    from trtforge.evaluation.evaluate import evaluate
+    from trtforge.evaluation.model import load_model
+    from trtforge.evaluation.windows import Text, tokenize
     from trtforge.manifest import Manifest
-    from trtforge.runtime.executors.create import create_executor
 
-    manifest = Manifest.load(folder)
-    tokenizer = Tokenizer.from_file(str(folder / manifest.tokenizer / "tokenizer.json"))
-    tokens = np.array(tokenizer.encode(make_text(), add_special_tokens=False).ids[:num_tokens], np.int32)
-    if len(tokens) < num_tokens:
-        raise SystemExit(f"the text has {len(tokens):,} tokens, fewer than --tokens {num_tokens:,}")
+    text = tokenize(make_text(), folder / Manifest.load(folder).tokenizer)
+    if len(text.tokens) < num_tokens:
+        raise SystemExit(f"the text has {len(text.tokens):,} tokens, fewer than --tokens {num_tokens:,}")
+    text = Text(text.prefix, text.tokens[:num_tokens])
     before_bytes = resident_bytes()
-    executor = create_executor(manifest, folder, EngineOptions(threads=threads))
-    decode_s = time_decodes(executor, tokens)
-    rss_bytes = resident_bytes() - before_bytes
-    begin = time.perf_counter()
-    loss, count = 0.0, 0
-    for start in range(0, len(tokens), WINDOW):
-        window = tokens[start : start + WINDOW]
-        logits = executor.execute(inputs_of(window, 0, range(len(window)))).logits[:-1].astype(np.float64)
-        largest = logits.max(1)
-        log_sum = np.log(np.exp(logits - largest[:, None]).sum(1)) + largest
-        loss += float((log_sum - logits[np.arange(len(logits)), window[1:]]).sum())
-        count += len(logits)
+    rss_bytes = 0
+
+    def look_at_memory(done: int, total: int) -> None:
+        nonlocal rss_bytes
+        rss_bytes = rss_bytes or resident_bytes() - before_bytes  # after the first window
+
+    with load_model(folder, WINDOW, name=str(folder), threads=threads) as model:
+        result = evaluate(model, None, text, WINDOW, WINDOW - len(text.prefix), look_at_memory)
+    figures = result.model
     return {
-        "perplexity": float(np.exp(loss / count)),
-        "predicted_tokens": count,
-        "scoring_s": time.perf_counter() - begin,
-        "decode_tokens_per_s": 1 / float(np.median(decode_s)),
-        "decode_best_tokens_per_s": 1 / min(decode_s),
+        "perplexity": figures.perplexity,
+        "predicted_tokens": result.num_scored,
+        "prefill_tokens_per_s": figures.prefill_tokens_per_s,
+        "decode_tokens_per_s": figures.decode_tokens_per_s,
+        "decode_best_tokens_per_s": figures.decode_best_tokens_per_s,
         "rss_bytes": rss_bytes,
     }
-
-
-def time_decodes(executor: Any, tokens: np.ndarray) -> list[float]:
-    """Seconds of single decode steps after a prefill."""
-    executor.execute(inputs_of(tokens[:DECODE_FROM], 0, [DECODE_FROM - 1]))
-    seconds = []
-    for position in range(DECODE_FROM, DECODE_FROM + NUM_DECODES):
-        inputs = inputs_of(tokens[position : position + 1], position, [0])
-        begin = time.perf_counter()
-        executor.execute(inputs)
-        seconds.append(time.perf_counter() - begin)
-    return seconds
-
-
-def inputs_of(tokens: np.ndarray, start: int, wanted: Sequence[int]) -> Any:
-    """A step with `tokens` of one sequence that has `start` before them, in the first blocks."""
-    from trtforge.runtime.executor import ModelInputs
-
-    positions = np.arange(start, start + len(tokens), dtype=np.int32)
-    num_blocks = -(-(start + len(tokens)) // BLOCK_SIZE)
-    return ModelInputs(
-        input_ids=tokens,
-        position_ids=positions,
-        block_tables=np.arange(num_blocks, dtype=np.int32)[None],
-        cu_seqlens=np.array([0, len(tokens)], np.int32),
-        context_lens=np.array([start + len(tokens)], np.int32),
-        slot_mapping=positions,
-        logits_indices=np.asarray(wanted, np.int32),
-    )
 
 
 def resident_bytes() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from trtforge.builder.key import build_key
 from trtforge.builder.options import BuildOptions
 from trtforge.builder.plan import BuildPlan, choose_engine_target, make_plan, plan_kv_cache
 from trtforge.builder.quantization.calibration_texts import calibration_texts
-from trtforge.builder.quantization.policy import Quantization
+from trtforge.builder.quantization.policy import InputScales, Quantization
 from trtforge.builder.rank_files import write_ranks
 from trtforge.builder.report import BuildReport
 from trtforge.builder.repository import VERSION_FOLDER, install_triton_model
@@ -71,11 +71,11 @@ def build(options: BuildOptions, console: Console | None = None) -> BuildResult:
             if cached is not None:
                 return cached
             _check_disk_space(area.folder, checkpoint, plan)
+            scales: InputScales = {}
             if plan.quantization is not None and plan.quantization.calibration_sha256 is not None:
                 with stages.stage("calibrate") as stage:
-                    checkpoint = _calibrate(checkpoint, plan.quantization, options, stage)
-                plan = replace(plan, quantization=None)  # the weights are quantized now
-            manifest, report = _fill(area, checkpoint, plan, key, options.model, cache, stages)
+                    scales = _calibrate(checkpoint, plan.quantization, options, stage)
+            manifest, report = _fill(area, checkpoint, plan, scales, key, options.model, cache, stages)
             find_existing(target)  # again: building took a while
             area.publish()
     except OSError as error:
@@ -92,19 +92,17 @@ def _open_cache(options: BuildOptions) -> EngineCache | None:
 
 def _calibrate(
     checkpoint: Checkpoint, quantization: Quantization, options: BuildOptions, stage: Stage
-) -> Checkpoint:
-    """The same model with quantized weights; tokenizer and configuration stay those of its own folder."""
+) -> InputScales:
     from trtforge.builder.quantization.awq import calibrate_awq, default_cache_folder
 
     stage.describe("run the model on texts")
-    folder = calibrate_awq(
+    return calibrate_awq(
         checkpoint,
         quantization,
         calibration_texts(options.calibration_text),
         default_cache_folder(),
         stage.on_progress,
     )
-    return replace(Checkpoint.open(str(folder)), folder=checkpoint.folder)
 
 
 def _reuse(target: Path, key: str, options: BuildOptions) -> BuildResult | None:
@@ -143,6 +141,7 @@ def _fill(
     area: Staging,
     checkpoint: Checkpoint,
     plan: BuildPlan,
+    scales: InputScales,
     key: str,
     source: str,
     cache: EngineCache | None,
@@ -151,7 +150,7 @@ def _fill(
     """Make the model's whole folder in the staging area."""
     version = area.folder / VERSION_FOLDER
     with stages.stage("convert tokenizer"):
-        write_tokenizer(checkpoint.folder, version / TOKENIZER_FOLDER)
+        write_tokenizer(checkpoint.tokenizer, version / TOKENIZER_FOLDER)
     with stages.stage("export graph") as stage:
         # Its imports take seconds, which a cache hit does without.
         from trtforge.builder.export import export_ranks
@@ -162,6 +161,7 @@ def _fill(
             plan.parallelism,
             quantization=plan.quantization,
             lowering=plan.lowering,
+            input_scales=scales,
             on_stage=stage.describe,
         )
         kv_cache = plan_kv_cache(plan, exported.layers)

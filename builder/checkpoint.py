@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoConfig
 
 from trtforge.builder.quantization.checkpoint_formats import find_quantized
-from trtforge.builder.quantization.weights import QuantizedLinear
+from trtforge.builder.quantization.weights import ComputedWeight, QuantizedLinear
 from trtforge.errors import ConfigError, ExportError
 from trtforge.manifest import DType
 
@@ -30,6 +30,7 @@ _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json"
 _MODELOPT_FILE = "hf_quant_config.json"  # of NVIDIA ModelOpt
 _CONFIG_FILES = ("config.json", "generation_config.json", _MODELOPT_FILE, "*.jinja")
 _READ_BYTES = 1 << 24
+_GGUF = ".gguf"
 
 FLOAT_DTYPES: Mapping[str, DType] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -72,24 +73,32 @@ class TensorEntry:
 class Checkpoint:
     """An opened checkpoint; no weight has been read."""
 
-    folder: Path
+    path: Path  # a folder, or a GGUF file that has everything in it
     config: Any  # transformers.PretrainedConfig
     tensors: Mapping[str, TensorEntry]  # but those that quantized weights consist of
     dtype: DType  # that most of the weights have that are not quantized
     quant_method: str | None = None  # None: no weight is quantized
-    quantized: Mapping[str, QuantizedLinear] = field(default_factory=dict)  # by the weight's name
+    # By the weight's name; also weights that have to be computed.
+    quantized: Mapping[str, QuantizedLinear | ComputedWeight] = field(default_factory=dict)
+    gguf: Path | None = None  # the file that the weights are in
 
     @classmethod
     def open(cls, model: str) -> Checkpoint:
-        """Open a local Hugging Face folder or, downloading what is missing, a hub id.
+        """Open a local Hugging Face folder, a GGUF file or, downloading what is missing, a hub id.
 
         Raises ConfigError if there is no such model or it cannot be reached, and ExportError if its files
         are of a kind that cannot be exported.
         """
         folder = Path(model)
+        gguf = find_gguf(folder)
+        if gguf is not None:
+            # Only now: its package is an extra.
+            from trtforge.builder.gguf_checkpoint import open_gguf
+
+            return open_gguf(folder, gguf)
         if not folder.is_dir():
             folder = _download(model)
-        config, settings = _read_config(folder)
+        config, settings = read_config(folder)
         tensors = _read_index(folder)
         if settings is None:
             return cls(folder, config, tensors, _common_dtype(folder, tensors))
@@ -97,10 +106,17 @@ class Checkpoint:
         found = find_quantized(method, settings, tensors)
         return cls(folder, config, found.rest, _common_dtype(folder, found.rest), method, found.linears)
 
+    @property
+    def tokenizer(self) -> Path:
+        """The folder, or the GGUF file, that has the tokenizer."""
+        if self.gguf is not None and not any(self.path.glob("tokenizer*")):
+            return self.gguf
+        return self.path
+
     def content_key(self) -> str:
         """SHA-256, in hex, over the names and bytes of configuration, tokenizer and weights."""
-        files = {file for pattern in _CONFIG_FILES + _TOKENIZER_FILES for file in self.folder.glob(pattern)}
-        files |= {entry.file for entry in self.tensors.values()}
+        files = {file for pattern in _CONFIG_FILES + _TOKENIZER_FILES for file in self.path.glob(pattern)}
+        files |= {entry.file for entry in self.tensors.values()} | ({self.gguf} if self.gguf else set())
         digest = hashlib.sha256()
         for file in sorted(files, key=lambda file: file.name):
             digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
@@ -116,9 +132,13 @@ def open_config(model: str) -> tuple[Any, DType | None]:
     Nothing but the configuration is downloaded. Raises as `Checkpoint.open` does.
     """
     folder = Path(model)
+    if find_gguf(folder) is not None:
+        raise ExportError(
+            f"{model} is a GGUF file, which is not planned yet: give the folder of the Hugging Face model"
+        )
     if not folder.is_dir():
         folder = _download(model, ("config.json", _MODELOPT_FILE))
-    config, settings = _read_config(folder)
+    config, settings = read_config(folder)
     if settings is not None:
         raise ExportError(
             f"the checkpoint is quantized ({settings.get('quant_method')}), which is not planned yet: give "
@@ -128,6 +148,22 @@ def open_config(model: str) -> tuple[Any, DType | None]:
     for file in sorted(folder.glob("*.safetensors")):
         tensors.update(_read_header(file.resolve()))
     return config, _common_dtype(folder, tensors) if tensors else None
+
+
+def find_gguf(path: Path) -> Path | None:
+    """`path` itself if it is a GGUF file, or that of a folder whose weights are in one.
+
+    Raises ConfigError for a folder with several.
+    """
+    if path.suffix.lower() == _GGUF and path.is_file():
+        return path
+    found = sorted(path.glob(f"*{_GGUF}")) if path.is_dir() else []
+    if not found or any(path.glob("*.safetensors")):
+        return None
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise ConfigError(f"{path} holds {len(found)} GGUF files, give the path of one: {names}")
+    return found[0]
 
 
 def _download(model: str, patterns: Sequence[str] = _HUB_FILES) -> Path:
@@ -155,7 +191,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read_config(folder: Path) -> tuple[Any, dict[str, Any] | None]:
+def read_config(folder: Path) -> tuple[Any, dict[str, Any] | None]:
     """The model's configuration without that of its quantization, and the latter if there is one."""
     path = folder / "config.json"
     if not path.is_file():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +16,10 @@ class Columns:
 
     size: int
     ranges: tuple[tuple[int, int], ...]
+
+    def of(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """What of the last axis is in these columns."""
+        return np.concatenate([array[..., start:stop] for start, stop in self.ranges], axis=-1)
 
     def keep(self, chunks: Iterable[bytes], element_bytes: int) -> Iterator[bytes]:
         """What of the matrix in `chunks` is in these columns. Chunks may end within a row."""

@@ -14,6 +14,7 @@ from trtforge.builder.options import (
     BuildOptions,
     CalibrationChoice,
     DTypeChoice,
+    KVCacheChoice,
     RuntimeChoice,
     parse_bytes,
     parse_cache_folder,
@@ -22,7 +23,10 @@ from trtforge.builder.options import (
 
 def build(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Hugging Face model: a local folder or a hub id.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Hugging Face model: a local folder or a hub id. Or a GGUF file."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Triton model repository to build into.")],
     name: Annotated[
@@ -103,6 +107,10 @@ def build(
             show_default=False,
         ),
     ] = None,
+    kv_cache_dtype: Annotated[
+        KVCacheChoice,
+        typer.Option(help="Of keys and values; auto is that of --dtype, int8 is for openvino alone."),
+    ] = "auto",
     gpu: Annotated[
         list[str] | None,
         typer.Option(
@@ -134,6 +142,8 @@ def build(
 ) -> None:
     """Build a Hugging Face model into a Triton model repository.
 
+    Weights that the checkpoint has quantized keep their numbers; --int4, --fp8 and --int8 are for others.
+
     OUTPUT/NAME appears whole or not at all. If exactly this build is there already, nothing is done.
 
     \b
@@ -145,6 +155,7 @@ def build(
       build-engine ./model -o repository --runtime tensorrt
       build-engine ./model -o repository --tp 2 --pp 2
       build-engine ./model -o repository --int4 --exclude '*.layers.0.*'
+      build-engine ./model.Q4_K_M.gguf -o repository
 
     \b
     Exit codes:
@@ -174,6 +185,7 @@ def build(
         max_num_batched_tokens=max_num_batched_tokens,
         block_size=block_size,
         kv_cache_bytes=_bytes(kv_cache_bytes, "--kv-cache-bytes"),
+        kv_cache_dtype=kv_cache_dtype,
         gpus=tuple(gpu or ()),
         engine_cache=parse_cache_folder(engine_cache),
         workspace_bytes=_bytes(workspace_bytes, "--workspace-bytes"),

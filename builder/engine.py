@@ -6,12 +6,14 @@ No other module of the builder imports them, and this one does only when an engi
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from trtforge.builder.engine_facts import EngineFacts, EngineLayers, EngineTensor
 from trtforge.builder.engine_progress import BuildPhases
 from trtforge.errors import ConfigError, EngineBuildError, PluginError
 from trtforge.manifest import Profile
@@ -22,6 +24,7 @@ EngineRuntime = Literal["tensorrt", "tensorrt-rtx"]
 
 # GPUs before Ampere have no bfloat16.
 _FIRST_COMPUTE_CAPABILITY = (8, 0)
+_FIRST_WITH_FP8 = (8, 9)
 
 # Told how much is done, 0 to 1, and what is being done.
 OnProgress = Callable[[float, str], None]
@@ -38,44 +41,62 @@ class EngineTarget:
     weight_streaming: bool = False  # weights may stay in host memory
 
 
-@dataclass(frozen=True, slots=True)
-class NetworkTensor:
-    """An input or output as TensorRT sees it. Dims without a fixed size have their name, or -1."""
-
-    name: str
-    dtype: str  # as numpy calls it
-    dims: tuple[str | int, ...]
-
-
 def choose_target(
     runtime: EngineRuntime,
     gpus: Sequence[str] = (),
     *,
     workspace_bytes: int | None = None,
     weight_streaming: bool = False,
+    needs_fp8: bool = False,
 ) -> EngineTarget:
     """The target for GPUs such as "sm_89"; without any all that the package can build for. That is this
     machine's GPU alone for full TensorRT, which also needs the compiler of its plugins' kernels.
 
     Raises ConfigError if the package or the compiler is not installed, or if it cannot build for one of the
-    GPUs.
+    GPUs, which with `needs_fp8` have to have 8-bit floats.
     """
     package = PACKAGES[runtime]
     trt = load_package(package)
     if package == "tensorrt":
         check_compiler()
-    known = _compute_capabilities(trt) or (_own_compute_capability(package),)
+    known = _compute_capabilities(trt) or (own_compute_capability(package),)
     chosen = tuple(re.sub(r"sm_(\d+)(\d)", r"\1.\2", gpu) for gpu in gpus)
     unknown = [gpu for gpu, capability in zip(gpus, chosen, strict=True) if capability not in known]
     if unknown:
-        choice = ", ".join(f"sm_{capability.replace('.', '')}" for capability in known)
         raise ConfigError(
             f"--gpu {unknown[0]} is not possible with {package} {trt.__version__}, which builds "
-            f"for {choice} here"
+            f"for {_gpu_names(known)} here"
         )
+    if needs_fp8:
+        lacking = without_fp8(chosen)
+        if lacking:
+            raise ConfigError(
+                f"--fp8 is not possible for {_gpu_names(lacking)}: GPUs have 8-bit floats from sm_89 on; "
+                "leave one of the two out"
+            )
+        known = tuple(capability for capability in known if not without_fp8([capability]))
     return EngineTarget(
         package, trt.__version__, chosen or known, workspace_bytes, weight_streaming=weight_streaming
     )
+
+
+def without_fp8(compute_capabilities: Sequence[str]) -> list[str]:
+    """Those of the compute capabilities whose GPUs have no 8-bit floats."""
+    return [text for text in compute_capabilities if tuple(map(int, text.split("."))) < _FIRST_WITH_FP8]
+
+
+def check_fp8(target: EngineTarget) -> None:
+    """Raises EngineBuildError if one of the target's GPUs has no 8-bit floats."""
+    lacking = without_fp8(target.compute_capabilities)
+    if lacking:
+        raise EngineBuildError(
+            f"the model has weights of 8-bit floats, which {_gpu_names(lacking)} cannot compute with: give "
+            "the GPUs to build for, such as --gpu sm_89"
+        )
+
+
+def _gpu_names(compute_capabilities: Sequence[str]) -> str:
+    return ", ".join(f"sm_{capability.replace('.', '')}" for capability in compute_capabilities)
 
 
 class Network:
@@ -105,11 +126,28 @@ class Network:
         """Layers of TensorRT, of which a node of ONNX becomes one or several."""
         return int(self._network.num_layers)
 
-    def inputs(self) -> tuple[NetworkTensor, ...]:
+    def facts(self) -> EngineFacts:
+        """What can be said of the engine before it is built, and not after."""
+        layers = map(self._network.get_layer, range(self._network.num_layers))
+        counts = Counter(
+            (layer.type.name.lower(), _dtype_name(layer.get_output(0)))
+            for layer in layers
+            if layer.num_outputs
+        )
+        return EngineFacts(
+            inputs=self.inputs(),
+            outputs=self.outputs(),
+            layers=tuple(
+                EngineLayers(type=kind, dtype=dtype, count=count)
+                for (kind, dtype), count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+            ),
+        )
+
+    def inputs(self) -> tuple[EngineTensor, ...]:
         """What the engine is going to take, in the graph's order."""
         return tuple(map(self._tensor, map(self._network.get_input, range(self._network.num_inputs))))
 
-    def outputs(self) -> tuple[NetworkTensor, ...]:
+    def outputs(self) -> tuple[EngineTensor, ...]:
         """What the engine is going to give, in the graph's order."""
         return tuple(map(self._tensor, map(self._network.get_output, range(self._network.num_outputs))))
 
@@ -139,13 +177,13 @@ class Network:
             )
         return memoryview(engine)
 
-    def _tensor(self, tensor: Any) -> NetworkTensor:
+    def _tensor(self, tensor: Any) -> EngineTensor:
         dims = tuple(
             int(size) if size >= 0 else tensor.get_dimension_name(axis) or -1
             for axis, size in enumerate(tensor.shape)
         )
-        dtype = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}.get(tensor.dtype.name)
-        return NetworkTensor(tensor.name, dtype or tensor.dtype.name.lower(), dims)
+        dtype = _dtype_name(tensor)
+        return EngineTensor(name=tensor.name, dtype=dtype, dims=dims)
 
     def _set_target(self, config: Any, target: EngineTarget) -> None:
         if hasattr(self._trt, "ComputeCapability"):
@@ -181,6 +219,12 @@ class Network:
             )
 
 
+def _dtype_name(tensor: Any) -> str:
+    """As numpy calls it."""
+    name: str = tensor.dtype.name
+    return {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}.get(name, name.lower())
+
+
 def _compute_capabilities(trt: Any) -> tuple[str, ...]:
     """The compute capabilities that can be chosen; none where the package builds for this machine's GPU."""
     if not hasattr(trt, "ComputeCapability"):
@@ -190,7 +234,7 @@ def _compute_capabilities(trt: Any) -> tuple[str, ...]:
     return tuple(f"{major}.{minor}" for major, minor in pairs if (major, minor) >= _FIRST_COMPUTE_CAPABILITY)
 
 
-def _own_compute_capability(package: str) -> str:
+def own_compute_capability(package: str) -> str:
     """This machine's. Raises ConfigError if it has no GPU, or one that there are no kernels for."""
     if find_spec("cuda") is None:
         raise ConfigError(f"{package} builds on a GPU, through cuda-bindings: pip install 'trtforge[gpu]'")

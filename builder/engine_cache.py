@@ -3,7 +3,7 @@
 A folder of the user's, shared by all builds:
 
     KEY/model.engine   the serialized engine
-    KEY/engine.json    what it was built from, its size and its sha256; its time is that of the last use
+    KEY/engine.json    what it was built from, its facts, size and sha256; its time is that of the last use
     KEY.partial/       an entry that is being written, or was when its builder was killed
     locks/             one lock file for every first byte of a key; they stay
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from trtforge.builder.engine_facts import EngineFacts, write_facts
 from trtforge.errors import ConfigError
 from trtforge.manifest import Profile
 
@@ -60,11 +61,20 @@ class _Record(_Frozen):
     recipe: EngineRecipe
     size_bytes: int
     sha256: str
+    facts: EngineFacts
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """A serialized engine, and what was known of it before."""
+
+    data: memoryview
+    facts: EngineFacts
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenEngine:
-    """An engine file that has been written. `cached`: it was not built for that."""
+    """An engine file that has been written, and its facts beside it. `cached`: it was not built for that."""
 
     size_bytes: int
     sha256: str
@@ -77,10 +87,11 @@ def default_cache_folder() -> Path:
     return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "trtforge" / "engines"
 
 
-def write_engine(data: memoryview, file: Path) -> WrittenEngine:
-    """Write a serialized engine that was just built."""
-    file.write_bytes(data)
-    return WrittenEngine(data.nbytes, hashlib.sha256(data).hexdigest(), cached=False)
+def write_engine(engine: BuiltEngine, file: Path) -> WrittenEngine:
+    """Write an engine that was just built."""
+    file.write_bytes(engine.data)
+    write_facts(engine.facts, file)
+    return WrittenEngine(engine.data.nbytes, hashlib.sha256(engine.data).hexdigest(), cached=False)
 
 
 class EngineCache:
@@ -99,7 +110,7 @@ class EngineCache:
         if not os.access(folder / "locks", os.W_OK):
             raise ConfigError(f"--engine-cache {folder} cannot be written to: give another folder, or none")
 
-    def write(self, recipe: EngineRecipe, file: Path, build: Callable[[], memoryview]) -> WrittenEngine:
+    def write(self, recipe: EngineRecipe, file: Path, build: Callable[[], BuiltEngine]) -> WrittenEngine:
         """Make `file` the engine of `recipe`: from here, or else from `build`, and then it is kept.
 
         Of several processes that want the same engine one builds it and the others wait. An entry that is
@@ -110,9 +121,12 @@ class EngineCache:
             found = self._copy(entry, file)
             if found is not None:
                 return found
-            written = write_engine(build(), file)
+            engine = build()
+            written = write_engine(engine, file)
             if written.size_bytes <= self._max_bytes:
-                record = _Record(recipe=recipe, size_bytes=written.size_bytes, sha256=written.sha256)
+                record = _Record(
+                    recipe=recipe, size_bytes=written.size_bytes, sha256=written.sha256, facts=engine.facts
+                )
                 self._store(entry, file, record)
                 self._evict(keep=entry)
             return written
@@ -131,6 +145,7 @@ class EngineCache:
             file.unlink(missing_ok=True)
             shutil.rmtree(entry)
             return None
+        write_facts(record.facts, file)
         os.utime(entry / RECORD_FILE)
         return WrittenEngine(record.size_bytes, record.sha256, cached=True)
 

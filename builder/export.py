@@ -14,8 +14,15 @@ import torch
 from trtforge.builder.checkpoint import Checkpoint, read_json
 from trtforge.builder.meta_model import build_meta_model
 from trtforge.builder.optimize import optimize
-from trtforge.builder.quantization.lowering import matrix_names, quantize_linears
-from trtforge.builder.quantization.policy import Lowering, Quantization, WeightChoice, check_exclusions
+from trtforge.builder.quantization.lowering import quantize_linears
+from trtforge.builder.quantization.policy import (
+    InputScales,
+    Lowering,
+    Quantization,
+    WeightChoice,
+    check_exclusions,
+    check_projections,
+)
 from trtforge.builder.quantization.units import feature_multiples
 from trtforge.builder.sharding.shard import RankPart, shard
 from trtforge.builder.sharding.split import Parallelism
@@ -67,11 +74,18 @@ def export_model(
     *,
     quantization: Quantization | None = None,
     lowering: Lowering | None = None,
+    input_scales: InputScales | None = None,
     on_stage: Callable[[str], None] | None = None,
 ) -> ExportedModel:
     """The whole model for one rank; see `export_ranks`."""
     exported = export_ranks(
-        checkpoint, dtype, Parallelism(), quantization=quantization, lowering=lowering, on_stage=on_stage
+        checkpoint,
+        dtype,
+        Parallelism(),
+        quantization=quantization,
+        lowering=lowering,
+        input_scales=input_scales,
+        on_stage=on_stage,
     )
     return exported.ranks[0]
 
@@ -83,20 +97,22 @@ def export_ranks(
     *,
     quantization: Quantization | None = None,
     lowering: Lowering | None = None,
+    input_scales: InputScales | None = None,
     on_stage: Callable[[str], None] | None = None,
 ) -> ExportedRanks:
     """Trace the model in `dtype`, divide it, and attach the checkpoint's weights, rounded as `quantization`
     says.
 
-    `lowering` is how projections with quantized weights are expressed; None if there are none. Peak memory
+    `lowering` is how projections with quantized weights are expressed; None if there are none. `input_scales`
+    are of projections that `quantization` rounds. Peak memory
     does not depend on the model's size: tracing happens on the meta device. `on_stage` is told what begins.
     Raises ExportError, naming the reason, for a model that cannot be expressed or divided, and ConfigError
     for a quantization that cannot be applied to it and for more ranks than it has parts.
     """
     stage = on_stage or (lambda _: None)
-    traced = trace_checkpoint(checkpoint, dtype, stage)
+    traced = trace_checkpoint(checkpoint, dtype, stage, quantization)
     stage("divide")
-    return divide(traced, parallelism, quantization, lowering)
+    return divide(traced, parallelism, quantization, lowering, input_scales)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +129,21 @@ class TracedModel:
     eos_token_ids: tuple[int, ...]
 
 
-def trace_checkpoint(checkpoint: Checkpoint, dtype: DType, on_stage: Callable[[str], None]) -> TracedModel:
-    """Trace the model in `dtype`. Raises ExportError, naming the reason, if it cannot be expressed."""
+def trace_checkpoint(
+    checkpoint: Checkpoint,
+    dtype: DType,
+    on_stage: Callable[[str], None],
+    quantization: Quantization | None = None,
+) -> TracedModel:
+    """Trace the model in `dtype`. Raises ExportError, naming the reason, if it cannot be expressed, and
+    ConfigError for a `quantization` that cannot be applied to it."""
     on_stage("model")
     hf = build_meta_model(checkpoint.config, getattr(torch, dtype))
     sources = locate_weights(hf, checkpoint)
+    if quantization is not None:
+        # Before the trace, which takes minutes with a large model.
+        check_exclusions([source.name for source in sources.values()], quantization.exclude)
+        check_projections(_in_features(hf, sources), quantization)
     model, layers = trace(hf, getattr(torch, dtype), on_stage)
     on_stage("optimize")
     weights = detach_weights(model.graph)
@@ -141,27 +167,31 @@ def divide(
     parallelism: Parallelism,
     quantization: Quantization | None = None,
     lowering: Lowering | None = None,
+    input_scales: InputScales | None = None,
 ) -> ExportedRanks:
     """The graphs of ranks, with quantized weights as `export_ranks` says. `traced` stays as it is.
 
     Raises as `export_ranks` does.
     """
-    if quantization is not None:
-        check_exclusions(matrix_names(traced.model.graph, traced.sources), quantization.exclude)
     multiples = functools.partial(feature_multiples, traced.sources, quantization)
     parts = shard(traced.model, traced.layers, traced.sources, parallelism, multiples)
-    return ExportedRanks(
-        tuple(_finish(traced, part, quantization, lowering) for part in parts), traced.layers
-    )
+    finished = (_finish(traced, part, quantization, lowering, input_scales or {}) for part in parts)
+    return ExportedRanks(tuple(finished), traced.layers)
 
 
 def _finish(
-    traced: TracedModel, part: RankPart, quantization: Quantization | None, lowering: Lowering | None
+    traced: TracedModel,
+    part: RankPart,
+    quantization: Quantization | None,
+    lowering: Lowering | None,
+    input_scales: InputScales,
 ) -> ExportedModel:
     graph = part.model.graph
     choices: tuple[WeightChoice, ...] = ()
     if lowering is not None:
-        choices = quantize_linears(graph, part.sources, lowering, quantization, traced.output_embedding)
+        choices = quantize_linears(
+            graph, part.sources, lowering, quantization, traced.output_embedding, input_scales
+        )
     return ExportedModel(
         model=part.model,
         layers=part.layers,
@@ -180,6 +210,15 @@ def _finish(
 def _num_heads(graph: ir.Graph) -> int:
     attention = (node for node in graph if node.op_type == PAGED_ATTENTION.name)
     return max(int(node.inputs[0].shape[1]) for node in attention)
+
+
+def _in_features(hf: Any, sources: Mapping[str, WeightSource]) -> dict[str, int]:
+    """Columns of each projection's weight, by its stored name; the output embedding is not one."""
+    return {
+        sources[f"{name}.weight"].name: module.in_features
+        for name, module in hf.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not hf.get_output_embeddings()
+    }
 
 
 def _output_embedding(hf: Any, sources: Mapping[str, WeightSource]) -> str:
@@ -213,7 +252,7 @@ def write_graph(
 def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     """Tokens that end a text, from generation_config.json or else config.json."""
     ids: Any = None
-    path = checkpoint.folder / "generation_config.json"
+    path = checkpoint.path / "generation_config.json"
     if path.is_file():
         ids = read_json(path).get("eos_token_id")
     if ids is None:

@@ -14,6 +14,9 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnxscript import optimizer
 
+from trtforge.builder.parser_forms import use_parser_forms
+from trtforge.builder.token_rows import drop_unit_axis
+from trtforge.builder.views import merge_views
 from trtforge.plugins.all_reduce.op import ALL_REDUCE
 from trtforge.plugins.function_bodies import add_function_bodies
 from trtforge.plugins.op import DOMAIN
@@ -35,6 +38,8 @@ def lower(graph: Path, block_size: int, keep: Collection[str] = (), tp_size: int
     merge = passes.CommonSubexpressionEliminationPass()
     ir.passes.Sequential(passes.InlinePass(), merge)(model)
     optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=_should_fold)
+    drop_unit_axis(model)
+    merge_views(model)
     ir.passes.Sequential(
         passes.RemoveUnusedNodesPass(),
         # Equal constants have to be one value before what depends on them can be merged.
@@ -44,6 +49,8 @@ def lower(graph: Path, block_size: int, keep: Collection[str] = (), tp_size: int
         passes.RemoveUnusedNodesPass(),
         passes.RemoveUnusedOpsetsPass(),
     )(model)
+    use_parser_forms(model)
+    ir.passes.Sequential(passes.RemoveUnusedNodesPass(), passes.NameFixPass())(model)
     _compute_whole_shapes(model)
     return model
 
@@ -75,8 +82,9 @@ def _use_collectives(model: ir.Model, tp_size: int) -> None:
 
 
 def _should_fold(node: ir.Node) -> bool | None:
-    """Transposed weights stay nodes: folding would copy them all, and TensorRT folds them itself."""
-    return False if node.op_type == "Transpose" else None
+    """What works on weights stays: folding would copy them all, and TensorRT folds it itself, or has kernels
+    for weights that are dequantized."""
+    return False if node.op_type in ("Transpose", "DequantizeLinear") else None
 
 
 def _compute_whole_shapes(model: ir.Model) -> None:

@@ -18,6 +18,7 @@ from trtforge.plugins.int4_gemm.op import GROUP_SIZES
 RuntimeChoice = Literal["auto", "openvino", "reference", "tensorrt", "tensorrt-rtx"]
 DTypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 CalibrationChoice = Literal["awq"]
+KVCacheChoice = Literal["auto", "int8"]
 
 # OpenVINO's paged attention on CPU has this block size compiled in.
 OPENVINO_BLOCK_SIZE = 32
@@ -54,7 +55,7 @@ class BuildOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str  # local Hugging Face folder or hub id
+    model: str  # local Hugging Face folder, GGUF file or hub id
     output: Path  # the Triton model repository
     name: str = "llm"
     runtime: RuntimeChoice = "auto"
@@ -73,6 +74,7 @@ class BuildOptions(BaseModel):
     max_num_batched_tokens: int = 2048
     block_size: int | None = None  # tokens
     kv_cache_bytes: int | None = None
+    kv_cache_dtype: KVCacheChoice = "auto"  # auto: the build's dtype
     gpus: tuple[str, ...] = ()  # such as sm_89; none: all that the runtime can build for
     engine_cache: Path | None = Field(default_factory=default_cache_folder)  # None: engines are not kept
     workspace_bytes: int | None = None
@@ -85,6 +87,11 @@ class BuildOptions(BaseModel):
         check_positive(_counts(self))
         _check_engine_options(self)
         _check_quantization(self)
+        if self.kv_cache_dtype != "auto" and self.runtime not in ("auto", "openvino"):
+            raise ConfigError(
+                f"--kv-cache-dtype {self.kv_cache_dtype} is a cache of OpenVINO's, which --runtime "
+                f"{self.runtime} has not: leave the option out, or use --runtime openvino"
+            )
         if self.runtime in ("auto", "openvino") and self.block_size not in (None, OPENVINO_BLOCK_SIZE):
             raise ConfigError(
                 f"--block-size {self.block_size} cannot work with openvino, whose paged attention "

@@ -17,7 +17,7 @@ from trtforge.builder.quantization.policy import Lowering, Quantization, choose_
 from trtforge.builder.quantization.weights import QuantizedFormat
 from trtforge.builder.sharding.split import Parallelism, split_heads, split_layers
 from trtforge.errors import ConfigError
-from trtforge.manifest import MAX_SLOTS, DType, KVCacheLayout, LayerCache, Limits, Runtime
+from trtforge.manifest import MAX_SLOTS, CacheDType, DType, KVCacheLayout, LayerCache, Limits, Runtime
 from trtforge.plugins.int4_gemm.op import GROUP_SIZES
 
 DEFAULT_KV_CACHE_BYTES = 2**30
@@ -37,6 +37,7 @@ class BuildPlan:
     parallelism: Parallelism
     target: EngineTarget | None = None  # None: a runtime without engines
     quantization: Quantization | None = None  # None: weights stay as the checkpoint has them
+    kv_cache_dtype: CacheDType | None = None  # None: `dtype`
     lowering: Lowering | None = None  # how the graph has quantized weights; None: there are none
 
 
@@ -69,6 +70,7 @@ def make_plan(
         parallelism=choose_parallelism(options.tp, options.pp, config),
         target=choose_engine_target(options),
         quantization=quantization,
+        kv_cache_dtype=None if options.kv_cache_dtype == "auto" else options.kv_cache_dtype,
         lowering=choose_lowering(runtime, wanted) if is_quantized else None,
     )
 
@@ -96,6 +98,8 @@ def choose_engine_target(options: BuildOptions) -> EngineTarget | None:
         options.gpus,
         workspace_bytes=options.workspace_bytes,
         weight_streaming=options.weight_streaming,
+        # Full TensorRT gets this project's operator, which needs no arithmetic of 8 bits.
+        needs_fp8=options.fp8 and options.runtime == "tensorrt-rtx",
     )
 
 
@@ -157,7 +161,10 @@ def plan_kv_cache(plan: BuildPlan, layers: Sequence[LayerCache]) -> KVCacheLayou
     them than slot numbers.
     """
     one_block = KVCacheLayout(
-        dtype=plan.dtype, block_size=plan.block_size, num_blocks=1, layers=tuple(layers)
+        dtype=plan.kv_cache_dtype or plan.dtype,
+        block_size=plan.block_size,
+        num_blocks=1,
+        layers=tuple(layers),
     )
     block_bytes = one_block.bytes_per_token * plan.block_size
     needed_blocks = blocks_per_sequence(plan.limits.max_model_len, plan.block_size)

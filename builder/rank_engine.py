@@ -8,8 +8,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from trtforge.builder.engine import EngineTarget, Network, OnProgress
-from trtforge.builder.engine_cache import EngineCache, EngineRecipe, write_engine
+from trtforge.builder.engine import EngineTarget, Network, OnProgress, check_fp8
+from trtforge.builder.engine_cache import BuiltEngine, EngineCache, EngineRecipe, write_engine
 from trtforge.builder.lower import lower
 from trtforge.builder.plugin_graph import lower_for_plugins, register_plugins
 from trtforge.builder.profiles import make_profiles
@@ -32,8 +32,8 @@ def build_rank_engine(
     kernels: Bundle | None = None,
     tp_size: int = 1,
 ) -> EngineInfo:
-    """Write the engine of the ONNX file `graph`, which the builder wrote, beside it. `tp_size` ranks share
-    its layers.
+    """Write the engine of the ONNX file `graph`, which the builder wrote, beside it, and its facts. `tp_size`
+    ranks share its layers.
 
     With `kernels` the operators that have some become plugins, as only full TensorRT takes them; they are
     registered for this process. Raises EngineBuildError if TensorRT cannot build it. Paths in the result are
@@ -42,6 +42,8 @@ def build_rank_engine(
     on_progress(0.0, "lower graph")
     if kernels is None:
         model = lower(graph, kv_cache.block_size, tp_size=tp_size)
+        if any(value.dtype == ir.DataType.FLOAT8E4M3FN for value in model.graph.initializers.values()):
+            check_fp8(target)
         proto = ir.to_proto(model)
     else:
         model, proto = lower_for_plugins(graph, kv_cache.block_size, tp_size)
@@ -49,8 +51,9 @@ def build_rank_engine(
     serialized = proto.SerializeToString(deterministic=True)
     profiles = make_profiles(target.package, limits, kv_cache)
 
-    def build() -> memoryview:
-        return Network(serialized, graph, target.package).build(target, profiles, on_progress)
+    def build() -> BuiltEngine:
+        network = Network(serialized, graph, target.package)
+        return BuiltEngine(network.build(target, profiles, on_progress), network.facts())
 
     file = graph.with_name(ENGINE_FILE)
     if cache is None:

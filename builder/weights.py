@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
 
 from trtforge.builder.checkpoint import Checkpoint, TensorEntry
 from trtforge.builder.columns import Columns
-from trtforge.builder.quantization.weights import QuantizedLinear
+from trtforge.builder.quantization.weights import ComputedWeight, QuantizedLinear
 from trtforge.errors import ExportError
 
 _CHUNK_BYTES = 1 << 24
@@ -57,13 +57,14 @@ class WeightSource:
     """A weight's name in the model, shape, and the pieces whose elements, one after the other, are its
     elements in C order. Weights that are tied are one, under the name that is stored.
 
-    A weight that is stored quantized has no pieces. One of some `columns` has the pieces of all of them.
+    A weight that is stored quantized, or computed, has no pieces. One of some `columns` has the pieces of all
+    of them, or is computed with all.
     """
 
     name: str
     shape: tuple[int, ...]
     pieces: tuple[TensorEntry, ...]
-    quantized: QuantizedLinear | None = None
+    quantized: QuantizedLinear | ComputedWeight | None = None
     columns: Columns | None = None
 
     def chunks(self) -> Iterator[tuple[str, bytes]]:
@@ -139,7 +140,7 @@ def locate_weights(hf: Any, checkpoint: Checkpoint) -> dict[str, WeightSource]:
     missing = sorted(aliases.keys() - sources.keys(), key=dot_natural_key)
     if missing:
         raise ExportError(
-            f"the checkpoint in {checkpoint.folder} lacks {len(missing)} of the model's weights: "
+            f"the checkpoint in {checkpoint.path} lacks {len(missing)} of the model's weights: "
             f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}"
         )
     for name, source in sources.items():
@@ -165,11 +166,11 @@ def _follow_rules(hf: Any, checkpoint: Checkpoint) -> dict[str, WeightSource]:
             target, pattern = key, None
         if target not in state:
             continue
-        quantized = checkpoint.quantized.get(key)
-        if quantized is not None and pattern is not None:
+        stored = checkpoint.quantized.get(key)
+        if stored is not None and pattern is not None:
             raise ExportError(f"{key} is an expert's weight that is quantized, which is not supported yet")
-        if quantized is not None:
-            plain[target] = WeightSource(target, quantized.shape, (), quantized)
+        if stored is not None:
+            plain[target] = WeightSource(target, stored.shape, (), stored)
         elif pattern is None:
             entry = checkpoint.tensors[key]
             plain[target] = WeightSource(target, entry.shape, (entry,))
@@ -269,7 +270,7 @@ def is_weight(initializer: ir.Value) -> bool:
 def make_tensor(dtype: ir.DataType, source: WeightSource) -> ir.TensorProtocol:
     """The weight in `dtype`; nothing is read yet."""
     if source.quantized is not None:
-        return _dequantized_tensor(dtype, source.name, source.quantized)
+        return _dequantized_tensor(dtype, source, source.quantized)
     first = source.pieces[0]
     if len(source.pieces) > 1 or IR_DTYPES.get(first.dtype) != dtype or source.columns is not None:
         return CheckpointTensor(dtype, source)
@@ -284,8 +285,13 @@ def make_tensor(dtype: ir.DataType, source: WeightSource) -> ir.TensorProtocol:
     )
 
 
-def _dequantized_tensor(dtype: ir.DataType, name: str, linear: QuantizedLinear) -> ir.LazyTensor:
+def _dequantized_tensor(
+    dtype: ir.DataType, source: WeightSource, stored: QuantizedLinear | ComputedWeight
+) -> ir.LazyTensor:
     def read() -> ir.TensorProtocol:
-        return ir.Tensor(linear.dequantize().astype(dtype.numpy()), dtype=dtype, name=name)
+        array = stored.dequantize()
+        if source.columns is not None:
+            array = source.columns.of(array)
+        return ir.Tensor(array.astype(dtype.numpy()), dtype=dtype, name=source.name)
 
-    return ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(linear.shape), name=name)
+    return ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(source.shape), name=source.name)

@@ -109,6 +109,14 @@ def _cut_off_engines(session: int) -> bool:
     return found
 
 
+def _reap_adopted(pid: int) -> None:
+    """All children that have ended but `pid`: each engine that dies can leave some, while the server runs."""
+    while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if ended.si_pid == pid:
+            return
+        os.waitpid(ended.si_pid, 0)
+
+
 def _reap_orphans() -> None:
     deadline = time.monotonic() + REAP_TIMEOUT_S
     while time.monotonic() < deadline:
@@ -137,6 +145,7 @@ def run(command: list[str], *, drain_timeout_s: float, shm_prefix: str, work_fol
     )
     lifeline = Lifeline()
     while not lifeline.orders and not _has_exited(process.pid):
+        _reap_adopted(process.pid)
         lifeline.wait(0.1)
     if lifeline.orders:
         _stop(process.pid, lifeline, drain_timeout_s)

@@ -86,6 +86,7 @@ def write_bundle(
     *,
     num_processes: int,
     on_compiled: Callable[[Compiled], None] = lambda _: None,
+    on_refused: Callable[[PluginError], None] | None = None,
 ) -> Bundle:
     """Compile kernels, by arch, into the bundle `folder`; it replaces a bundle that is there.
 
@@ -99,7 +100,8 @@ def write_bundle(
     staged = _stage(folder)
     wanted = sorted({(arch, kernel.name): kernel for arch in kernels for kernel in kernels[arch]}.items())
     try:
-        compiled = _compile_all([(kernel, arch) for (arch, _), kernel in wanted], num_processes, on_compiled)
+        jobs = [(kernel, arch) for (arch, _), kernel in wanted]
+        compiled = _compile_all(jobs, num_processes, on_compiled, on_refused)
         for result in compiled:
             path = staged / result.entry.file
             path.parent.mkdir(exist_ok=True)
@@ -132,7 +134,10 @@ def _stage(folder: Path) -> Path:
 
 
 def _compile_all(
-    jobs: Sequence[tuple[Kernel, int]], num_processes: int, on_compiled: Callable[[Compiled], None]
+    jobs: Sequence[tuple[Kernel, int]],
+    num_processes: int,
+    on_compiled: Callable[[Compiled], None],
+    on_refused: Callable[[PluginError], None] | None,
 ) -> list[Compiled]:
     results = []
     with compiler(max(1, min(num_processes, len(jobs)))) as pool:
@@ -147,6 +152,11 @@ def _compile_all(
                     "the compiler crashed or had too little memory while it compiled one of: "
                     f"{'; '.join(running[:num_processes])}"
                 ) from error
+            except PluginError as error:
+                if on_refused is None:
+                    raise
+                on_refused(error)
+                continue
             on_compiled(results[-1])
     return results
 

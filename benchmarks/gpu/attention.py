@@ -113,7 +113,7 @@ def bench_attention(settings: Settings) -> Outcome:
 
 
 def _decode_row(step: Step, node: KernelCalls, copy_bytes_per_s: float) -> tuple[Cell, ...]:
-    seconds = _time(step, node)
+    seconds = time_step(step, node)
     rate = step.cache_bytes / seconds
     torch_us = 1e6 * _time_torch(step) if step.cache_dtype == torch.bfloat16 else None
     share = 100 * rate / copy_bytes_per_s
@@ -129,12 +129,14 @@ def _decode_row(step: Step, node: KernelCalls, copy_bytes_per_s: float) -> tuple
 
 
 def _prefill_row(step: Step, node: KernelCalls, matmul_flops: float) -> tuple[Cell, ...]:
-    seconds = _time(step, node)
+    seconds = time_step(step, node)
     rate = step.flops / seconds
     return step.new, 1e6 * seconds, rate / 1e12, 100 * rate / matmul_flops, 1e6 * _time_torch(step)
 
 
-def _time(step: Step, node: KernelCalls) -> float:
+def time_step(step: Step, node: KernelCalls) -> float:
+    """Seconds of one call."""
+
     def call_of(inputs: list[torch.Tensor | None]) -> Callable[[], object]:
         return lambda: node(*inputs)
 

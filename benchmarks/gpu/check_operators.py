@@ -5,6 +5,10 @@ Outputs and workspaces are filled with NaN before a kernel runs; the cases poiso
 
 from __future__ import annotations
 
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+
 import numpy as np
 import torch
 from gpu.part import Outcome, Settings, Table, run_part
@@ -13,6 +17,7 @@ from gpu.samples import Sample, all_samples, to_device, to_float32
 from trtforge.errors import PluginError
 from trtforge.plugins.bundle import Bundle
 from trtforge.plugins.launcher import Launcher
+from trtforge.plugins.op import Array
 from trtforge.plugins.operators import OPERATORS
 from trtforge.runtime.executors.kernel_calls import KernelCalls
 
@@ -24,8 +29,12 @@ def check_operators(settings: Settings) -> Outcome:
     launcher = Launcher(Bundle.load(settings.bundle))
     problems: list[str] = []
     counts: dict[str, list[int]] = {}
-    for sample in all_samples():
-        found = _check(sample, launcher)
+    samples = list(all_samples())
+    # In processes of their own: they are slow, and there is a time limit.
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        references = list(pool.map(Sample.reference, samples))
+    for sample, expected in zip(samples, references, strict=True):
+        found = _check(sample, expected, launcher)
         problems += found
         passed = counts.setdefault(sample.operator, [0, 0])
         passed[0] += 1
@@ -35,15 +44,12 @@ def check_operators(settings: Settings) -> Outcome:
     return Outcome(problems, [Table("Operators against their references", columns, rows)])
 
 
-def _check(sample: Sample, launcher: Launcher) -> list[str]:
+def _check(sample: Sample, expected: Sequence[Array], launcher: Launcher) -> list[str]:
     operator = OPERATORS[sample.operator]
-    if operator.kernels is None:
-        return [f"{sample.operator} has no kernels"]
-    node = KernelCalls(operator.spec, operator.kernels, sample.attributes, launcher)
-    expected = sample.reference()
     problems = []
     try:
-        for way, outputs in (("one by one", _run(sample, node)), ("as a graph", _run_graph(sample, node))):
+        node = node_of(sample, launcher)
+        for way, outputs in (("one by one", run(sample, node)), ("as a graph", _run_graph(sample, node))):
             for declared, output, wanted in zip(operator.spec.outputs, outputs, expected, strict=True):
                 problem = _difference(output, wanted.astype(np.float32), sample)
                 if problem:
@@ -55,6 +61,14 @@ def _check(sample: Sample, launcher: Launcher) -> list[str]:
     return problems
 
 
+def node_of(sample: Sample, launcher: Launcher) -> KernelCalls:
+    """The operation with its kernels. Raises PluginError if it has none."""
+    operator = OPERATORS[sample.operator]
+    if operator.kernels is None:
+        raise PluginError(f"{sample.operator} has no kernels")
+    return KernelCalls(operator.spec, operator.kernels, sample.attributes, launcher)
+
+
 def _device_inputs(sample: Sample) -> dict[str, torch.Tensor]:
     return {name: to_device(array) for name, array in sample.inputs.items()}
 
@@ -63,11 +77,12 @@ def _arguments(sample: Sample, tensors: dict[str, torch.Tensor]) -> list[torch.T
     return [tensors.get(tensor.name) for tensor in OPERATORS[sample.operator].spec.inputs]
 
 
-def _run(sample: Sample, node: KernelCalls) -> list[np.ndarray]:
+def run(sample: Sample, node: KernelCalls) -> list[Array]:
+    """The outputs."""
     return [to_float32(output) for output in node(*_arguments(sample, _device_inputs(sample)))]
 
 
-def _run_graph(sample: Sample, node: KernelCalls) -> list[np.ndarray]:
+def _run_graph(sample: Sample, node: KernelCalls) -> list[Array]:
     """Captured with inputs of zeros, replayed with the real ones."""
     tensors = _device_inputs(sample)
     fresh = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -84,7 +99,7 @@ def _run_graph(sample: Sample, node: KernelCalls) -> list[np.ndarray]:
     return [to_float32(output) for output in outputs]
 
 
-def _difference(output: np.ndarray, wanted: np.ndarray, sample: Sample) -> str:
+def _difference(output: Array, wanted: Array, sample: Sample) -> str:
     """What is wrong, or nothing. NaN where NaN is expected is right: it was never touched."""
     if output.shape != wanted.shape:
         return f"shape {output.shape}, not {wanted.shape}"

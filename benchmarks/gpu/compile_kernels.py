@@ -1,10 +1,17 @@
-"""Compiles the kernels of all cases and benchmarks for this GPU, and loads every one of them."""
+"""Compiles the kernels of all cases and benchmarks for this GPU, unless that is done, and loads them.
+
+To compile them on a machine without a GPU, for `verify_gpu.sh --bundle FOLDER` on one that has it:
+
+    PYTHONPATH=src:benchmarks python -m gpu.compile_kernels ahead FOLDER sm_90
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from gpu.attention import ATTENTION_CALLS
@@ -14,7 +21,7 @@ from gpu.samples import all_samples
 
 from trtforge.errors import PluginError
 from trtforge.plugins.aot import write_bundle
-from trtforge.plugins.bundle import arch_for
+from trtforge.plugins.bundle import Bundle, arch_for
 from trtforge.plugins.examples import EXAMPLES
 from trtforge.plugins.graph_calls import kernels_for
 from trtforge.plugins.launch import Call, Launch, Plan
@@ -27,7 +34,7 @@ def compile_kernels(settings: Settings) -> Outcome:
     arch = arch_for(10 * major + minor)
     kernels = kernels_for(_calls(), arch)
     begin = time.perf_counter()
-    bundle = write_bundle({arch: kernels}, settings.bundle, num_processes=os.cpu_count() or 1)
+    bundle = Bundle.load(settings.bundle) if settings.bundle.is_dir() else compile_for(arch, settings.bundle)
     compiled = time.perf_counter()
     launcher = Launcher(bundle)
     problems = []
@@ -42,6 +49,11 @@ def compile_kernels(settings: Settings) -> Outcome:
     return Outcome(problems, [Table("Kernels", columns, [row])])
 
 
+def compile_for(arch: int, folder: Path) -> Bundle:
+    """All kernels into a bundle."""
+    return write_bundle({arch: kernels_for(_calls(), arch)}, folder, num_processes=os.cpu_count() or 1)
+
+
 def _calls() -> Iterator[tuple[str, Call]]:
     for sample in all_samples():
         yield sample.operator, sample.call
@@ -52,4 +64,7 @@ def _calls() -> Iterator[tuple[str, Call]]:
 
 
 if __name__ == "__main__":
-    run_part(__doc__, compile_kernels)
+    if sys.argv[1:2] == ["ahead"]:
+        compile_for(int(sys.argv[3].removeprefix("sm_")), Path(sys.argv[2]))
+    else:
+        run_part(__doc__, compile_kernels)

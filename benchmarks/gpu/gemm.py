@@ -82,7 +82,7 @@ def bench_gemm(settings: Settings) -> Outcome:
                 _time_scaled_mm(num_tokens, *shape),
             )
             for variant in VARIANTS:
-                seconds = _time(variant, launcher, num_tokens, *shape)
+                seconds = time_variant(variant, launcher, num_tokens, *shape)
                 rate = shape[0] * shape[1] * variant.weight_bytes / seconds
                 share = 100 * rate / copy_bytes_per_s if num_tokens <= FEW_TOKENS else None
                 tflops = 2 * num_tokens * shape[0] * shape[1] / seconds / 1e12
@@ -102,9 +102,10 @@ def bench_gemm(settings: Settings) -> Outcome:
     return Outcome(tables=[Table("Projections", columns, rows)])
 
 
-def _time(
+def time_variant(
     variant: Variant, launcher: Launcher, num_tokens: int, out_features: int, in_features: int
 ) -> float:
+    """Seconds of one product."""
     operator = OPERATORS[variant.operator]
     if operator.kernels is None:
         raise TypeError(f"{variant.operator} has no kernels")

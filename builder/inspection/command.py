@@ -15,7 +15,7 @@ def inspect(
     path: Annotated[
         Path,
         typer.Argument(
-            metavar="PATH", help="A repository with one model, a model's folder, or an ONNX file."
+            metavar="PATH", help="A repository with one model, a model's folder, an ONNX file, or an engine."
         ),
     ],
     layer: Annotated[
@@ -36,6 +36,7 @@ def inspect(
       trtforge inspect repository
       trtforge inspect repository/llm --layer 3 --graph layer3.svg
       trtforge inspect model.onnx --json model.json
+      trtforge inspect repository/llm/1/rank0/model.engine
 
     \b
     Exit codes:

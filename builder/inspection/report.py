@@ -9,6 +9,7 @@ import onnx_ir as ir
 from typing_extensions import Self
 
 from trtforge import wire
+from trtforge.builder.inspection.engine import SUFFIXES, EngineInspection, find_engine_info
 from trtforge.builder.inspection.graph_facts import Facts, GraphFacts, end_bytes, read_model, weights_of
 from trtforge.builder.repository import VERSION_FOLDER
 from trtforge.errors import ConfigError
@@ -30,14 +31,19 @@ class InspectionReport(Facts):
     path: str
     manifest: Manifest | None
     graphs: tuple[GraphFacts, ...]
+    engines: tuple[EngineInspection, ...] = ()
     findings: tuple[Finding, ...]
 
     @classmethod
     def of(cls, path: Path) -> Self:
-        """Inspect a repository with one model, a model's folder or an ONNX file.
+        """Inspect a repository with one model, a model's folder, an ONNX file or an engine of a build.
 
         Raises ConfigError if `path` is none of them.
         """
+        if path.is_file() and path.suffix in SUFFIXES:
+            engine = EngineInspection.of(path, find_engine_info(path))
+            found = _size_findings(path, engine.info.size_bytes)
+            return cls(path=str(path), manifest=None, graphs=(), engines=(engine,), findings=tuple(found))
         if path.is_file():
             graph, findings = _inspect_graph(path)
             return cls(path=str(path), manifest=None, graphs=(graph,), findings=tuple(findings))
@@ -53,9 +59,20 @@ class InspectionReport(Facts):
                 continue
             graphs.append(graph.model_copy(update={"file": rank.onnx}))
             findings += [*of_data, *_contract_findings(graph, folder / rank.onnx, manifest, number)]
+        engines = [
+            EngineInspection.of(folder / rank.engine.file, rank.engine)
+            for rank in manifest.ranks
+            if rank.engine is not None
+        ]
         explained = {finding.file for finding in findings}
         findings += [found for found in _file_findings(folder, manifest) if found.file not in explained]
-        return cls(path=str(folder), manifest=manifest, graphs=tuple(graphs), findings=tuple(findings))
+        return cls(
+            path=str(folder),
+            manifest=manifest,
+            graphs=tuple(graphs),
+            engines=tuple(engines),
+            findings=tuple(findings),
+        )
 
     def save(self, file: Path) -> None:
         """Write the report as JSON."""
@@ -74,8 +91,6 @@ def first_graph_file(path: Path) -> Path:
 
 
 def _inspect_graph(file: Path) -> tuple[GraphFacts, list[Finding]]:
-    if file.suffix in (".engine", ".plan"):
-        raise ConfigError(f"{file} is an engine, which is not inspected yet: give its ONNX file")
     model = read_model(file)
     graph = GraphFacts.of(model, file)
     return graph, list(_data_findings(model, graph, file))
@@ -113,11 +128,15 @@ def _file_findings(folder: Path, manifest: Manifest) -> Iterator[Finding]:
     if folder.name == VERSION_FOLDER:  # otherwise it is not a model of a repository
         wanted |= {folder.parent / "config.pbtxt": None, folder / "model.py": None}
     for file, size_bytes in wanted.items():
-        if not file.is_file():
-            yield Finding(file=str(file), problem="missing")
-        elif size_bytes is not None and file.stat().st_size != size_bytes:
-            problem = f"has {file.stat().st_size:,} bytes, the build wrote {size_bytes:,}"
-            yield Finding(file=str(file), problem=problem)
+        yield from _size_findings(file, size_bytes)
+
+
+def _size_findings(file: Path, size_bytes: int | None) -> Iterator[Finding]:
+    if not file.is_file():
+        yield Finding(file=str(file), problem="missing")
+    elif size_bytes is not None and file.stat().st_size != size_bytes:
+        problem = f"has {file.stat().st_size:,} bytes, the build wrote {size_bytes:,}"
+        yield Finding(file=str(file), problem=problem)
 
 
 def _contract_findings(graph: GraphFacts, file: Path, manifest: Manifest, number: int) -> Iterator[Finding]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeAlias
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from trtforge.builder.engine_facts import EngineTensor
+from trtforge.builder.inspection.engine import EngineInspection
 from trtforge.builder.inspection.graph_facts import CustomNodes, GraphFacts, TensorFacts
 from trtforge.builder.inspection.report import InspectionReport
 from trtforge.builder.report import format_bytes
 from trtforge.manifest import KVCacheLayout, LayerCache, Manifest
+
+_Tensor: TypeAlias = TensorFacts | EngineTensor
 
 
 def inspection_tables(report: InspectionReport) -> Group:
@@ -24,6 +29,8 @@ def inspection_tables(report: InspectionReport) -> Group:
         title = graph.file if report.manifest is None else f"rank {rank}: {graph.file}"
         parts += [_graph(graph, title), _operators(graph), _tensors(graph)]
         parts += [_weights(graph), _largest_weights(graph)]
+    for engine in report.engines:
+        parts += [_engine(engine), *_network(engine)]
     parts += [f"{finding.file}: {finding.problem}" for finding in report.findings]
     parts.append(f"{len(report.findings)} problems." if report.findings else "Complete.")
     return Group(*parts)
@@ -79,6 +86,38 @@ def _graph(graph: GraphFacts, title: str) -> Table:
     return table
 
 
+def _engine(engine: EngineInspection) -> Table:
+    info = engine.info
+    table = _table(engine.file)
+    table.add_column("engine")
+    table.add_column("value", overflow="fold")
+    table.add_row("built by", f"{info.package} {info.version}")
+    table.add_row("for", ", ".join(f"sm_{text.replace('.', '')}" for text in info.compute_capabilities))
+    table.add_row("size", format_bytes(info.size_bytes))
+    table.add_row("sha256", info.sha256)
+    for profile in info.profiles:
+        ranges = [f"{name} {dim.min} to {dim.max}, at best {dim.opt}" for name, dim in profile.dims.items()]
+        table.add_row(f"profile {profile.name}", "\n".join(ranges))
+    if engine.network is not None:
+        table.add_row("layers before fusing", f"{engine.network.num_layers:,}")
+    if engine.loaded is not None:
+        table.add_row("layers loaded", f"{len(engine.loaded.get('Layers', ())):,}")
+    return table
+
+
+def _network(engine: EngineInspection) -> Iterator[Table]:
+    if engine.network is None:
+        return
+    table = _table()
+    table.add_column("layers", justify="right")
+    table.add_column("type")
+    table.add_column("dtype")
+    for layers in engine.network.layers:
+        table.add_row(f"{layers.count:,}", layers.type, layers.dtype)
+    yield table
+    yield _tensor_table(engine.network.inputs, engine.network.outputs)
+
+
 def _operators(graph: GraphFacts) -> Table:
     table = _table()
     table.add_column("nodes", justify="right")
@@ -130,21 +169,25 @@ def _largest_weights(graph: GraphFacts) -> Table:
 
 
 def _tensors(graph: GraphFacts) -> Table:
+    return _tensor_table(graph.inputs, graph.outputs)
+
+
+def _tensor_table(inputs: Sequence[_Tensor], outputs: Sequence[_Tensor]) -> Table:
     table = _table()
     table.add_column("tensor")
     table.add_column("dtype")
     table.add_column("shape")
-    for kind, tensors in (("in", graph.inputs), ("out", graph.outputs)):
+    for kind, tensors in (("in", inputs), ("out", outputs)):
         for name, tensor in _numbered_together(tensors):
             table.add_row(f"{kind}: {name}", tensor.dtype, _dims(tensor.dims))
         table.add_section()
     return table
 
 
-def _numbered_together(tensors: Iterable[TensorFacts]) -> Iterable[tuple[str, TensorFacts]]:
+def _numbered_together(tensors: Iterable[_Tensor]) -> Iterable[tuple[str, _Tensor]]:
     """Neighbours that differ in a number at the end of their names only become one row."""
 
-    def what(tensor: TensorFacts) -> tuple[object, ...]:
+    def what(tensor: _Tensor) -> tuple[object, ...]:
         return re.sub(r"\d+$", "", tensor.name), tensor.dtype, tensor.dims
 
     for _, group in itertools.groupby(tensors, what):

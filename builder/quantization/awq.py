@@ -1,7 +1,7 @@
 """AWQ (arXiv 2306.00978), which NVIDIA ModelOpt computes: scales of inputs that protect what matters.
 
-The whole model is loaded and run on the calibration texts. What comes out is a checkpoint that is quantized
-already, in ModelOpt's format, and is built like any other of these.
+The whole model is loaded and run on the calibration texts. What comes out are the scales alone: weights are
+divided by them when the build rounds them.
 """
 
 from __future__ import annotations
@@ -18,19 +18,22 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trtforge.builder.checkpoint import Checkpoint
 from trtforge.builder.quantization.calibration_texts import MODELOPT, texts_digest
 from trtforge.builder.quantization.policy import (
+    InputScales,
     Quantization,
     check_exclusions,
+    check_projections,
     choose_group_size,
     find_exclusion,
 )
 from trtforge.errors import ConfigError, ExportError
-from trtforge.plugins.int4_gemm.op import GROUP_SIZES
 
 _TOOLS = (MODELOPT, "torch", "transformers")
 _NUM_SEQUENCES, _SEQUENCE_TOKENS = 32, 256
@@ -38,7 +41,7 @@ _BATCH = 16  # sequences; with each batch ModelOpt rounds all weights again, for
 
 
 def default_cache_folder() -> Path:
-    """Where calibrated checkpoints are kept for later builds."""
+    """Where scales are kept for later builds."""
     root = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     return Path(root) / "trtforge" / "awq"
 
@@ -49,30 +52,34 @@ def calibrate_awq(
     texts: list[str],
     cache: Path,
     on_progress: Callable[[int, int], None],
-) -> Path:
-    """A folder with the model of `checkpoint` in int4.
+) -> InputScales:
+    """What the inputs of each projection are multiplied by, by the name of its weight.
 
-    It is kept in `cache`, and found there if the same is asked for again. `on_progress(done, total)` counts
-    sequences of `texts` that the model has read. Raises ConfigError for texts that are too short or a model
-    without groups, and ExportError for what ModelOpt cannot do.
+    They are kept in `cache`, and found there if the same is asked for again. `on_progress(done, total)`
+    counts sequences of `texts` that the model has read. Raises ConfigError for texts that are too short or a
+    model without groups, and ExportError for what ModelOpt cannot do.
     """
-    folder = cache / _key(checkpoint.content_key(), quantization, texts)
-    if folder.is_dir():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".making-") as scratch:
-        work = Path(scratch, "model")
+    if checkpoint.gguf is not None:
+        raise ConfigError(
+            "--calibrate awq loads the model by transformers: give its Hugging Face folder instead of "
+            f"{checkpoint.gguf}"
+        )
+    file = cache / f"{_key(checkpoint.content_key(), quantization, texts)}.safetensors"
+    if not file.is_file():
         try:
             with _quiet():
-                _calibrate(checkpoint, quantization, texts, work, on_progress)
+                scales = _calibrate(checkpoint, quantization, texts, on_progress)
         except ConfigError:
             raise
         except Exception as error:  # ModelOpt, and modeling code under it, raise nearly everything
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-            raise ExportError(f"{MODELOPT} cannot calibrate {checkpoint.folder}: {reason}") from error
-        if not folder.is_dir():  # another build may have been faster
-            work.rename(folder)
-    return folder
+            raise ExportError(f"{MODELOPT} cannot calibrate {checkpoint.path}: {reason}") from error
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".making-") as scratch:
+            save_file(dict(scales), Path(scratch, file.name))
+            Path(scratch, file.name).replace(file)
+    found: InputScales = load_file(file)
+    return found
 
 
 def _key(content_key: str, quantization: Quantization, texts: list[str]) -> str:
@@ -91,15 +98,13 @@ def _calibrate(
     checkpoint: Checkpoint,
     quantization: Quantization,
     texts: list[str],
-    folder: Path,
     on_progress: Callable[[int, int], None],
-) -> None:
+) -> InputScales:
     import modelopt.torch.quantization as mtq
-    from modelopt.torch.export import export_hf_checkpoint
 
     dtype = getattr(torch, checkpoint.dtype)
-    hf = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, trust_remote_code=False).eval()
-    sequences = _sequences(checkpoint.folder, texts)
+    hf = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, trust_remote_code=False).eval()
+    sequences = _sequences(checkpoint.path, texts)
     # It runs the model once to collect statistics and once to search.
     total, done = 2 * len(sequences), 0
 
@@ -114,7 +119,13 @@ def _calibrate(
         mtq.quantize(
             hf, {"quant_cfg": _recipe(hf, quantization), "algorithm": mtq.INT4_AWQ_CFG["algorithm"]}, run
         )
-        export_hf_checkpoint(hf, export_dir=folder)
+    # Not by ModelOpt's export, which gives q, k and v a common scale that fits none of them.
+    found = {}
+    for name, module in hf.named_modules():
+        scale = getattr(getattr(module, "input_quantizer", None), "pre_quant_scale", None)
+        if scale is not None:
+            found[f"{name}.weight"] = np.ascontiguousarray(scale.detach().float().reshape(-1).numpy())
+    return found
 
 
 def _sequences(folder: Path, texts: list[str]) -> torch.Tensor:
@@ -136,10 +147,7 @@ def _sequences(folder: Path, texts: list[str]) -> torch.Tensor:
 
 
 def _recipe(hf: Any, quantization: Quantization) -> list[dict[str, Any]]:
-    """ModelOpt's settings: everything off but the weights of projections that have groups.
-
-    All get groups of one size, which the checkpoint's format asks for: the largest that divides most.
-    """
+    """ModelOpt's settings: everything off but the weights of projections that have groups."""
     check_exclusions([name for name, _ in hf.named_parameters()], quantization.exclude)
     embedding = hf.get_output_embeddings()
     linears = {
@@ -149,14 +157,12 @@ def _recipe(hf: Any, quantization: Quantization) -> list[dict[str, Any]]:
         and module is not embedding
         and find_exclusion(f"{name}.weight", quantization.exclude) is None
     }
-    sizes = [choose_group_size(columns, quantization.group_size) for columns in linears.values()]
-    size = min((size for size in sizes if size is not None), default=None)
-    if size is None:
-        raise ConfigError(f"--calibrate awq: no projection is divided by groups of {GROUP_SIZES} columns")
-    settings = {"num_bits": 4, "block_sizes": {-1: size, "type": "static"}}
+    sizes = {name: choose_group_size(columns, quantization.group_size) for name, columns in linears.items()}
+    check_projections({f"{name}.weight": columns for name, columns in linears.items()}, quantization)
     recipe: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    for name, columns in linears.items():
-        if columns % size == 0:
+    for name, size in sizes.items():
+        if size is not None:
+            settings = {"num_bits": 4, "block_sizes": {-1: size, "type": "static"}}
             recipe.append({"quantizer_name": f"{name}.weight_quantizer", "cfg": settings})
     return recipe
 

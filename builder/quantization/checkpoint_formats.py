@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from trtforge.builder.quantization import bitsandbytes
+from trtforge.builder.quantization.checkpoint_module import Module, Tensors
 from trtforge.builder.quantization.weights import (
+    ComputedWeight,
     Fp8Weight,
     Int8Weight,
     QuantizedLinear,
@@ -22,10 +25,6 @@ from trtforge.plugins.int4_gemm.op import group_size
 from trtforge.plugins.int4_gemm.packing import Int4Weight
 from trtforge.plugins.op import Array
 
-if TYPE_CHECKING:
-    from trtforge.builder.checkpoint import TensorEntry
-
-Tensors = Mapping[str, "TensorEntry"]
 Config = Mapping[str, Any]
 
 _PARTS_OF_QUANTIZED = (
@@ -42,6 +41,7 @@ _PARTS_OF_QUANTIZED = (
     "weight_g_idx",
     "pre_quant_scale",
     "input_scale",
+    *bitsandbytes.PARTS,
 )
 # Scales of a quantized KV cache, which stays as --dtype says.
 _CACHE_SCALES = (".k_scale", ".v_scale", ".k_proj.output_scale", ".v_proj.output_scale")
@@ -51,7 +51,7 @@ _CACHE_SCALES = (".k_scale", ".v_scale", ".k_proj.output_scale", ".v_proj.output
 class QuantizedTensors:
     """A quantized checkpoint's tensors: its quantized weights by name, and all that are not part of one."""
 
-    linears: Mapping[str, QuantizedLinear]
+    linears: Mapping[str, QuantizedLinear | ComputedWeight]
     rest: Tensors
 
 
@@ -66,9 +66,9 @@ def find_quantized(method: str, config: Config, tensors: Tensors) -> QuantizedTe
             f"the checkpoint is quantized ({method}), which is not supported; supported are "
             f"{', '.join(_READERS)}, and models in float32, bfloat16 or float16"
         )
-    linears = {}
+    linears: dict[str, QuantizedLinear | ComputedWeight] = {}
     for prefix in _prefixes(tensors):
-        module = _Module(prefix, method, tensors)
+        module = Module(prefix, method, tensors)
         try:
             linear = reader(module, config)
         except PluginError as error:
@@ -94,35 +94,8 @@ def _prefixes(tensors: Tensors) -> Iterator[str]:
             yield prefix
 
 
-@dataclass(frozen=True, slots=True)
-class _Module:
-    """The tensors of one module."""
-
-    prefix: str
-    method: str
-    tensors: Tensors
-
-    def get(self, part: str) -> TensorEntry | None:
-        return self.tensors.get(f"{self.prefix}.{part}")
-
-    def need(self, part: str) -> TensorEntry:
-        entry = self.get(part)
-        if entry is None:
-            raise ExportError(f"{self.prefix} is quantized ({self.method}) and has no {part}")
-        return entry
-
-    def read(self, part: str) -> Array:
-        return self.need(part).read()
-
-    def read_if_there(self, part: str) -> Array | None:
-        return None if self.get(part) is None else self.read(part)
-
-    def refuse(self, problem: str) -> ExportError:
-        return ExportError(f"the checkpoint is quantized ({self.method}) {problem}, which is not supported")
-
-
 def _int4(
-    module: _Module,
+    module: Module,
     in_features: int,
     out_features: int,
     num_groups: int,
@@ -137,7 +110,7 @@ def _int4(
 # --------------------------------------------------------------------------- GPTQ, AWQ
 
 
-def _gptq(module: _Module, config: Config) -> QuantizedLinear | None:
+def _gptq(module: Module, config: Config) -> QuantizedLinear | None:
     if module.get("qweight") is None:
         return None
     if config.get("bits") != 4:
@@ -165,7 +138,7 @@ def _is_reordered(g_idx: Array | None) -> bool:
     return g_idx is not None and bool((np.diff(g_idx) < 0).any())
 
 
-def _awq(module: _Module, config: Config) -> QuantizedLinear | None:
+def _awq(module: Module, config: Config) -> QuantizedLinear | None:
     if module.get("qweight") is None:
         return None
     if config.get("bits") != 4:
@@ -185,7 +158,7 @@ def _awq(module: _Module, config: Config) -> QuantizedLinear | None:
 # --------------------------------------------------------------------------- compressed-tensors, ModelOpt
 
 
-def _compressed_tensors(module: _Module, config: Config) -> QuantizedLinear | None:
+def _compressed_tensors(module: Module, config: Config) -> QuantizedLinear | None:
     layout = config.get("format")
     if layout not in ("pack-quantized", "float-quantized", "int-quantized", "naive-quantized"):
         raise module.refuse(f"in the format {layout!r}")
@@ -197,7 +170,7 @@ def _compressed_tensors(module: _Module, config: Config) -> QuantizedLinear | No
     return _bytes_with_scale(module, "weight_scale")
 
 
-def _packed(module: _Module) -> QuantizedLinear:
+def _packed(module: Module) -> QuantizedLinear:
     out_features, words = module.need("weight_packed").shape
     scale_shape = module.need("weight_scale").shape
 
@@ -213,7 +186,7 @@ def _packed(module: _Module) -> QuantizedLinear:
     return _int4(module, 8 * words, out_features, scale_shape[1], read, perm)
 
 
-def _modelopt(module: _Module, config: Config) -> QuantizedLinear | None:
+def _modelopt(module: Module, config: Config) -> QuantizedLinear | None:
     algorithm = str(config.get("quant_algo"))
     if algorithm not in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "W4A16", "W4A16_AWQ"):
         raise module.refuse(f"by {algorithm}")
@@ -234,7 +207,7 @@ def _modelopt(module: _Module, config: Config) -> QuantizedLinear | None:
 # --------------------------------------------------------------------------- bytes
 
 
-def _fp8(module: _Module, config: Config) -> QuantizedLinear | None:
+def _fp8(module: Module, config: Config) -> QuantizedLinear | None:
     """Blocks with `weight_scale_inv` as DeepSeek-V3 (arXiv 2412.19437) has them, or `weight_scale`."""
     if config.get("fmt", "e4m3") != "e4m3":
         raise module.refuse(f"in {config['fmt']}")
@@ -244,7 +217,7 @@ def _fp8(module: _Module, config: Config) -> QuantizedLinear | None:
     return _bytes_with_scale(module, "weight_scale_inv" if blocks else "weight_scale")
 
 
-def _bytes_with_scale(module: _Module, scale_part: str) -> QuantizedLinear | None:
+def _bytes_with_scale(module: Module, scale_part: str) -> QuantizedLinear | None:
     """A weight of e4m3 or signed bytes; None for one of another type."""
     weight = module.need("weight")
     if weight.dtype not in ("F8_E4M3", "I8"):
@@ -279,7 +252,7 @@ def _bytes_with_scale(module: _Module, scale_part: str) -> QuantizedLinear | Non
     )
 
 
-def _scale_kind(module: _Module, part: str, out_features: int, in_features: int) -> ScaleKind:
+def _scale_kind(module: Module, part: str, out_features: int, in_features: int) -> ScaleKind:
     shape = module.need(part).shape
     if int(np.prod(shape)) == 1:
         return "tensor"
@@ -290,10 +263,12 @@ def _scale_kind(module: _Module, part: str, out_features: int, in_features: int)
     raise module.refuse(f"with scales of shape {list(shape)} for a weight of [{out_features}, {in_features}]")
 
 
-_READERS: Mapping[str, Callable[[_Module, Config], QuantizedLinear | None]] = {
+_Reader = Callable[[Module, Config], QuantizedLinear | ComputedWeight | None]
+_READERS: Mapping[str, _Reader] = {
     "gptq": _gptq,
     "awq": _awq,
     "compressed-tensors": _compressed_tensors,
     "modelopt": _modelopt,
     "fp8": _fp8,
+    "bitsandbytes": bitsandbytes.read_module,
 }

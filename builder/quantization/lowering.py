@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -20,21 +21,27 @@ from trtforge.builder.quantization.parts import (
     make_parts,
 )
 from trtforge.builder.quantization.policy import (
+    InputScales,
     Lowering,
     Quantization,
     WeightChoice,
     find_exclusion,
 )
 from trtforge.builder.quantization.rounding import round_weight
+from trtforge.builder.quantization.signed import (
+    declare_signed_parts,
+    make_signed_parts,
+    use_signed_weight,
+)
 from trtforge.builder.quantization.slices import take
 from trtforge.builder.quantization.units import rank_group_size
 from trtforge.builder.quantization.weights import QuantizedLinear, QuantizedWeight
-from trtforge.builder.weights import CheckpointTensor, WeightSource
+from trtforge.builder.weights import WeightSource, make_tensor
 from trtforge.errors import ConfigError
 from trtforge.plugins.fp8_gemm.op import FP8_GEMM, SCALE_BLOCK
 from trtforge.plugins.int4_gemm.op import CHUNK, GROUP_SIZES, INT4_GEMM
 from trtforge.plugins.linear.op import LINEAR
-from trtforge.plugins.op import DOMAIN
+from trtforge.plugins.op import DOMAIN, Array
 
 _DTYPE_NAMES = {
     ir.DataType.FLOAT: "float32",
@@ -46,6 +53,7 @@ _TORCH_DTYPES = {
     ir.DataType.BFLOAT16: torch.bfloat16,
     ir.DataType.FLOAT16: torch.float16,
 }
+_NOT_QUANTIZED = "not quantized in the checkpoint"
 _FP8_COLUMNS = 16  # Fp8Gemm's in_features are a multiple of this
 # What a router's scores may pass on their way to the choice of experts.
 _SCORE_OPERATORS = {"Cast", "Softmax", "Sigmoid", "Add", "Reshape", "Squeeze", "Flatten"}
@@ -57,11 +65,13 @@ def quantize_linears(
     lowering: Lowering,
     quantization: Quantization | None,
     output_embedding: str,
+    input_scales: InputScales,
 ) -> tuple[WeightChoice, ...]:
     """Change `graph` in place; returns what became of each weight of two dims or more.
 
-    Weights that the checkpoint holds quantized keep their numbers; others are rounded as `quantization`
-    says. No data is read before the graph's weights are written, and then one weight at a time.
+    Weights that the checkpoint holds quantized keep their numbers; others are rounded as `quantization` says,
+    with the `input_scales` that they have. No data is read before the graph's weights are written, and then
+    one weight at a time.
 
     Raises ConfigError if `quantization` can be applied to no weight, or not to the part of one that a rank
     has.
@@ -69,7 +79,10 @@ def quantize_linears(
     latest = LatestParts()
     choices = []
     for value in [graph.initializers[name] for name in matrix_names(graph, sources)]:
-        found = _choose(value, sources[value.name], lowering, quantization, output_embedding)
+        source = sources[value.name]
+        found = _choose(
+            value, source, lowering, quantization, output_embedding, input_scales.get(source.name)
+        )
         choice = WeightChoice(
             name=value.name,
             shape=tuple(value.shape.numpy()),
@@ -107,18 +120,24 @@ def _choose(
     lowering: Lowering,
     quantization: Quantization | None,
     output_embedding: str,
+    input_scale: Array | None,
 ) -> QuantizedLinear | str:
     """The quantized weight, or why there is none."""
-    if source.quantized is None and value.name == output_embedding:
+    stored = source.quantized
+    if (
+        not isinstance(stored, QuantizedLinear)
+        and value.name == output_embedding
+        and quantization is not None
+    ):
         return "the output embedding stays as it is by policy"
     reason = _why_no_projection(value)
-    if source.quantized is not None:
-        reason = reason or _why_not_lowered(source.quantized, lowering)
-        return f"dequantized: {reason}" if reason else source.quantized
+    if isinstance(stored, QuantizedLinear):
+        reason = reason or _why_not_lowered(stored, lowering)
+        return f"dequantized: {reason}" if reason else stored
+    if quantization is None:
+        return _NOT_QUANTIZED if stored is None else stored.reason
     if reason:
         return reason
-    if quantization is None:
-        return "not quantized in the checkpoint"
     pattern = find_exclusion(value.name, quantization.exclude)
     if pattern is not None:
         return f"excluded by {pattern!r}"
@@ -128,26 +147,35 @@ def _choose(
         if group_size is None:
             in_features = value.shape[1]
             return f"{in_features} input features are no multiple of {min(GROUP_SIZES)}, the smallest group"
-    linear = _round_later(value.dtype, source, quantization, group_size)
+    linear = _round_later(value.dtype, source, quantization, group_size, input_scale)
     return _why_not_lowered(linear, lowering) or linear
 
 
 def _round_later(
-    dtype: ir.DataType, source: WeightSource, quantization: Quantization, group_size: int | None
+    dtype: ir.DataType,
+    source: WeightSource,
+    quantization: Quantization,
+    group_size: int | None,
+    input_scale: Array | None,
 ) -> QuantizedLinear:
     """A weight is rounded as if one rank had all of it: a row of 8 bits has one scale, so that a rank with
     some of its columns rounds all of them. Groups are rounded alone."""
-    columns = source.columns if quantization.format != "int4" else None
-    if columns is not None:
+    if input_scale is not None:  # as the graph will have it
+        input_scale = input_scale.astype(dtype.numpy()).astype(np.float32)
+    columns = source.columns
+    if columns is not None and quantization.format != "int4":
         source = replace(source, shape=(source.shape[0], columns.size), columns=None)
-    tensor = CheckpointTensor(dtype, source)
+    elif columns is not None:
+        input_scale = None if input_scale is None else columns.of(input_scale)
+        columns = None
     out_features, in_features = source.shape
     linear = QuantizedLinear(
         quantization.format,
         (out_features, in_features),
-        "rounded to the nearest",
-        functools.partial(_round, tensor, quantization, group_size),
+        "rounded to the nearest" + (" with AWQ's scales" if input_scale is not None else ""),
+        partial(_round, make_tensor(dtype, source), quantization, group_size, input_scale),
         group_size,
+        read_input_scale=None if input_scale is None else lambda: input_scale,
     )
     return linear if columns is None else take(source.name, linear, 1, columns.ranges)
 
@@ -158,9 +186,13 @@ def _describe(linear: QuantizedLinear, lowering: Lowering) -> str:
     return linear.source
 
 
-def _round(tensor: CheckpointTensor, quantization: Quantization, group_size: int | None) -> QuantizedWeight:
+def _round(
+    tensor: ir.TensorProtocol, quantization: Quantization, group_size: int | None, input_scale: Array | None
+) -> QuantizedWeight:
     data = torch.frombuffer(bytearray(tensor.tobytes()), dtype=_TORCH_DTYPES[tensor.dtype])
     weight = data.reshape(tuple(tensor.shape.numpy()))
+    if input_scale is not None:
+        weight = weight.float() / torch.from_numpy(input_scale)
     return round_weight(tensor.name, weight, quantization.format, group_size)
 
 
@@ -188,10 +220,12 @@ def _chooses_experts(node: ir.Node) -> bool:
 
 def _why_not_lowered(linear: QuantizedLinear, lowering: Lowering) -> str | None:
     _, in_features = linear.shape
-    if lowering == "native":
+    if lowering != "plugin":
         return None
     if linear.format == "int8":
         return "there is no operator for int8 weights"
+    if linear.has_float_zeros:
+        return "Int4Gemm has no zero points that are no whole numbers"
     step = CHUNK if linear.format == "int4" else _FP8_COLUMNS
     if in_features % step:
         return f"{in_features} input features are no multiple of {step}"
@@ -208,9 +242,12 @@ def _replace_weight(
     name, dtype = value.name, value.dtype
     nodes = [use.node for use in value.uses()]
     del graph.initializers[name]
-    make = functools.partial(make_parts, linear, lowering, dtype)
+    if lowering == "signed":
+        declared, make = declare_signed_parts(linear, dtype), partial(make_signed_parts, linear, dtype)
+    else:
+        declared, make = declare_parts(linear, lowering, dtype), partial(make_parts, linear, lowering, dtype)
     parts: dict[str, ir.Value] = {}
-    for key, part in declare_parts(linear, lowering, dtype).items():
+    for key, part in declared.items():
         parts[key] = ir.Value(
             name=name + key,
             type=ir.TensorType(part.dtype),
@@ -220,8 +257,12 @@ def _replace_weight(
     for node in nodes:
         if INPUT_SCALE in parts:
             _insert(graph, node, ir.node("Mul", [node.inputs[0], parts[INPUT_SCALE]]))
-        if lowering == "native":
+        if linear.has_float_zeros:
+            _use_arithmetic(graph, node, linear, parts, dtype)
+        elif lowering == "native":
             _use_standard_operators(graph, node, linear, parts, dtype)
+        elif lowering == "signed":
+            use_signed_weight(graph, node, linear, parts)
         else:
             _use_own_operator(graph, node, linear, parts)
     for part_value in parts.values():
@@ -254,15 +295,38 @@ def _use_standard_operators(
     if PERM in parts:
         _insert(graph, node, ir.node("Gather", [node.inputs[0], parts[PERM]], {"axis": -1}))
     attributes = {"axis": 1 if len(parts[SCALES].shape) == 2 else 0}
-    if linear.format == "int4":
-        attributes["block_size"] = linear.group_size or linear.shape[1]
-    elif len(parts[SCALES].shape) == 2:
+    if linear.format == "fp8" and len(parts[SCALES].shape) == 2:
         attributes["block_size"] = SCALE_BLOCK
+    elif linear.format == "int4" or linear.group_size is not None:
+        attributes["block_size"] = linear.group_size or linear.shape[1]
     inputs = [parts[key] for key in (VALUES, SCALES, ZEROS) if key in parts]
     dequantize = ir.node("DequantizeLinear", inputs, attributes)
     _insert(graph, node, dequantize, index=1, dtype=ir.DataType.FLOAT)
     if dtype != ir.DataType.FLOAT:
         _insert(graph, node, ir.node("Cast", [node.inputs[1]], {"to": dtype.value}), index=1, dtype=dtype)
+
+
+def _use_arithmetic(
+    graph: ir.Graph, node: ir.Node, linear: QuantizedLinear, parts: Mapping[str, ir.Value], dtype: ir.DataType
+) -> None:
+    """The same without DequantizeLinear, whose zero points are of the weight's type: whole numbers."""
+    values = parts[VALUES]
+    shape = ir.tensor(linear.shape, ir.DataType.INT64, name=f"{values.name}_shape")
+    if shape.name not in graph.initializers:
+        graph.register_initializer(ir.Value(name=shape.name, const_value=shape))
+    float32 = ir.DataType.FLOAT
+    node.replace_input_with(1, values)
+    for operator, others, attributes in (
+        ("Cast", [], {"to": float32.value}),
+        ("Sub", [parts[ZEROS]], {}),
+        ("Mul", [parts[SCALES]], {}),
+        ("Reshape", [graph.initializers[shape.name]], {}),
+    ):
+        _insert(graph, node, ir.node(operator, [node.inputs[1], *others], attributes), index=1, dtype=float32)
+    node.inputs[1].shape = ir.Shape(linear.shape)
+    if dtype != float32:
+        _insert(graph, node, ir.node("Cast", [node.inputs[1]], {"to": dtype.value}), index=1, dtype=dtype)
+        node.inputs[1].name += f"_{dtype.name}"  # the first node is a Cast too
 
 
 def _use_own_operator(

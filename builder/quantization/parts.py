@@ -9,7 +9,13 @@ import numpy as np
 import onnx_ir as ir
 
 from trtforge.builder.quantization.policy import Lowering
-from trtforge.builder.quantization.weights import Fp8Weight, Int8Weight, QuantizedLinear, QuantizedWeight
+from trtforge.builder.quantization.weights import (
+    AffineInt4Weight,
+    Fp8Weight,
+    Int8Weight,
+    QuantizedLinear,
+    QuantizedWeight,
+)
 from trtforge.errors import ExportError
 from trtforge.plugins.fp8_gemm.op import SCALE_BLOCK, scale_shape
 from trtforge.plugins.int4_gemm.op import packed_shape
@@ -32,7 +38,11 @@ def declare_parts(linear: QuantizedLinear, lowering: Lowering, dtype: ir.DataTyp
     out_features, in_features = linear.shape
     if linear.format == "int4":
         num_groups = in_features // (linear.group_size or in_features)
-        if lowering == "plugin":
+        if linear.has_float_zeros:
+            grouped = (out_features, num_groups, in_features // num_groups)
+            floats = Part(ir.DataType.FLOAT, (out_features, num_groups, 1))
+            parts = {VALUES: Part(ir.DataType.UINT4, grouped), SCALES: floats, ZEROS: floats}
+        elif lowering == "plugin":
             parts = {
                 VALUES: Part(ir.DataType.INT32, packed_shape(*linear.shape)),
                 SCALES: Part(dtype, (num_groups, out_features, 2)),
@@ -50,9 +60,10 @@ def declare_parts(linear: QuantizedLinear, lowering: Lowering, dtype: ir.DataTyp
         shape = _native_scale_shape(linear) if lowering == "native" else scale_shape(kind, *linear.shape)
         parts = {VALUES: Part(ir.DataType.FLOAT8E4M3FN, linear.shape), SCALES: Part(ir.DataType.FLOAT, shape)}
     else:
+        groups = () if linear.group_size is None else (in_features // linear.group_size,)
         parts = {
             VALUES: Part(ir.DataType.INT8, linear.shape),
-            SCALES: Part(ir.DataType.FLOAT, (out_features,)),
+            SCALES: Part(ir.DataType.FLOAT, (out_features, *groups)),
         }
     if linear.read_input_scale is not None:
         parts[INPUT_SCALE] = Part(dtype, (in_features,))
@@ -84,7 +95,7 @@ def make_parts(
     for key, part in declare_parts(linear, lowering, dtype).items():
         array = np.ascontiguousarray(arrays[key]).reshape(part.shape)
         if part.dtype == ir.DataType.UINT4:
-            tensors[key] = ir.PackedTensor(_pack_nibbles(array), part.dtype, shape=part.shape)
+            tensors[key] = ir.PackedTensor(pack_nibbles(array), part.dtype, shape=part.shape)
         else:
             tensors[key] = ir.Tensor(array, dtype=part.dtype)
     return tensors
@@ -100,6 +111,8 @@ def _native_arrays(linear: QuantizedLinear, weight: QuantizedWeight) -> dict[str
         scales = weight.scales.astype(np.float32)
         arrays: dict[str, Array] = {VALUES: weight.values, SCALES: scales, ZEROS: weight.zeros}
         return arrays if weight.perm is None else arrays | {PERM: weight.perm}
+    if isinstance(weight, AffineInt4Weight):
+        return {VALUES: weight.values, SCALES: weight.scale, ZEROS: weight.zero}
     if isinstance(weight, Fp8Weight) and weight.scales == "block":
         return {VALUES: weight.values, SCALES: weight.row_scale()}
     return {VALUES: weight.values, SCALES: weight.scale}
@@ -110,12 +123,12 @@ def _plugin_arrays(weight: QuantizedWeight, dtype: ir.DataType) -> dict[str, Arr
         packed = pack(weight, dtype.numpy())
         arrays = {VALUES: packed["weight"], SCALES: packed["scales"]}
         return arrays if weight.perm is None else arrays | {PERM: packed["perm"]}
-    if isinstance(weight, Int8Weight):
-        raise ExportError("int8 weights have no operator of this project")
+    if isinstance(weight, Int8Weight | AffineInt4Weight):
+        raise ExportError(f"there is no operator of this project for {type(weight).__name__}")
     return {VALUES: weight.values, SCALES: weight.scale}
 
 
-def _pack_nibbles(values: Array) -> Array:
+def pack_nibbles(values: Array) -> Array:
     """Two values a byte, the first in the low half; one half of the last byte may be unused."""
     flat = values.reshape(-1)
     if flat.size % 2:

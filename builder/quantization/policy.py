@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
 
 from trtforge.builder.quantization.weights import QuantizedFormat
 from trtforge.errors import ConfigError
 from trtforge.manifest import Runtime
 from trtforge.plugins.int4_gemm.op import GROUP_SIZES
 
-# What the graph of a runtime has for a quantized projection: standard operators before a Linear node, or
-# the operators of this project.
-Lowering = Literal["native", "plugin"]
-LOWERINGS: dict[Runtime, Lowering] = {"openvino": "native", "reference": "plugin", "tensorrt": "plugin"}
+# What the graph of a runtime has for a quantized projection: standard operators before a Linear node, with
+# zero points or with signed numbers, or the operators of this project.
+Lowering = Literal["native", "signed", "plugin"]
+LOWERINGS: dict[Runtime, Lowering] = {
+    "openvino": "native",
+    "reference": "plugin",
+    "tensorrt": "plugin",
+    "tensorrt-rtx": "signed",
+}
 
 _FORMATS: dict[Lowering, tuple[QuantizedFormat, ...]] = {
     "native": ("int4", "fp8", "int8"),
+    "signed": ("int4", "fp8", "int8"),
     "plugin": ("int4", "fp8"),
 }
+
+
+# What inputs of a projection are multiplied by, [in], and its weight's columns divided, by the weight's name.
+InputScales = Mapping[str, npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,3 +106,25 @@ def check_exclusions(names: Sequence[str], patterns: Sequence[str]) -> None:
                 f"--exclude {pattern!r} matches no weight of the model; they have names such as "
                 f"{next(iter(names), 'nothing')}"
             )
+
+
+def check_projections(in_features: Mapping[str, int], quantization: Quantization) -> None:
+    """Raises ConfigError if `quantization` fits no projection; `in_features` has the columns of each."""
+    option = f"--{quantization.format} can be applied to no weight of this model: "
+    if not in_features:
+        raise ConfigError(option + "it has no projections that are torch's Linear")
+    left = {
+        name: columns
+        for name, columns in in_features.items()
+        if find_exclusion(name, quantization.exclude) is None
+    }
+    if not left:
+        raise ConfigError(option + "--exclude leaves out all of its projections")
+    if quantization.format != "int4":
+        return
+    if all(choose_group_size(columns, quantization.group_size) is None for columns in left.values()):
+        sizes = ", ".join(map(str, sorted(set(left.values()))))
+        raise ConfigError(
+            option + f"no projection's input features ({sizes}) are a multiple of {min(GROUP_SIZES)}, the "
+            "smallest group; --int8 and --fp8 have a scale for each row"
+        )

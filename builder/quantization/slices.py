@@ -7,7 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from trtforge.builder.quantization.weights import Fp8Weight, Int8Weight, QuantizedLinear, QuantizedWeight
+from trtforge.builder.quantization.weights import (
+    AffineInt4Weight,
+    ComputedWeight,
+    Fp8Weight,
+    Int8Weight,
+    QuantizedLinear,
+    QuantizedWeight,
+)
 from trtforge.errors import ConfigError
 from trtforge.plugins.fp8_gemm.op import SCALE_BLOCK
 from trtforge.plugins.int4_gemm.packing import Int4Weight
@@ -42,9 +49,17 @@ def take(name: str, linear: QuantizedLinear, axis: int, ranges: Ranges) -> Quant
     )
 
 
+def take_computed(weight: ComputedWeight, axis: int, ranges: Ranges) -> ComputedWeight:
+    """Of a weight that is computed what is in `ranges` along `axis`."""
+    shape = list(weight.shape)
+    shape[axis] = sum(stop - start for start, stop in ranges)
+    return replace(weight, shape=tuple(shape), dequantize=lambda: _take(weight.dequantize(), axis, ranges))
+
+
 def _check(name: str, linear: QuantizedLinear, axis: int, ranges: Ranges) -> None:
     size, unit = linear.shape[axis], 1
-    if linear.format == "int4" and axis == _IN:
+    has_groups = linear.format == "int4" or linear.group_size is not None
+    if has_groups and axis == _IN:
         if linear.has_perm:
             raise ConfigError(
                 f"{name} has its input features in an order of their own (desc_act), and cannot be divided "
@@ -80,7 +95,12 @@ def _take_weight(weight: QuantizedWeight, axis: int, ranges: Ranges) -> Quantize
         unit = weight.values.shape[axis] // weight.scales.shape[axis]
         scales = _take_scales(weight.scales, unit, axis, ranges)
         return Int4Weight(values, scales, _take_scales(weight.zeros, unit, axis, ranges), weight.perm)
+    if isinstance(weight, AffineInt4Weight):
+        unit = weight.values.shape[axis] // weight.scale.shape[axis]
+        scale, zero = (_take_scales(array, unit, axis, ranges) for array in (weight.scale, weight.zero))
+        return AffineInt4Weight(values, scale, zero)
     if isinstance(weight, Fp8Weight):
         unit = SCALE_BLOCK if weight.scales == "block" else 1
         return Fp8Weight(values, _take_scales(weight.scale, unit, axis, ranges), weight.scales)
-    return Int8Weight(values, _take_scales(weight.scale, 1, axis, ranges))
+    unit = weight.values.shape[axis] // weight.scale.shape[axis]
+    return Int8Weight(values, _take_scales(weight.scale, unit, axis, ranges))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 
 from trtforge.builder.quantization.policy import Quantization, choose_group_size, find_exclusion
+from trtforge.builder.quantization.weights import QuantizedLinear
 from trtforge.builder.weights import WeightSource
 from trtforge.errors import ConfigError
 from trtforge.plugins.fp8_gemm.op import SCALE_BLOCK
@@ -24,9 +25,9 @@ def feature_multiples(
     if source is None or len(weight.shape) != 2:
         return ()
     in_features = int(weight.shape[1])
-    if source.quantized is not None:
-        linear = source.quantized
-        if linear.format == "int4":
+    linear = source.quantized
+    if isinstance(linear, QuantizedLinear):
+        if linear.format == "int4" or linear.group_size is not None:
             return (CHUNK if linear.group_size in (None, in_features) else int(linear.group_size or CHUNK),)
         return (SCALE_BLOCK if linear.scales == "block" else _FP8_COLUMNS,)
     if quantization is None or find_exclusion(source.name, quantization.exclude) is not None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from trtforge.builder.checkpoint import TensorEntry
 from trtforge.builder.columns import Columns
 from trtforge.builder.quantization import slices
+from trtforge.builder.quantization.weights import QuantizedLinear
 from trtforge.builder.sharding.cut import Ranges, length
 from trtforge.builder.sharding.split import Range
 from trtforge.builder.weights import IR_DTYPES, WeightSource
@@ -20,12 +21,13 @@ def take(source: WeightSource, axis: int, ranges: Ranges) -> WeightSource:
     Raises ConfigError if weights that share a scale would be parted.
     """
     shape = (*source.shape[:axis], length(ranges), *source.shape[axis + 1 :])
-    if source.quantized is not None:
-        return replace(
-            source, shape=shape, quantized=slices.take(source.name, source.quantized, axis, ranges)
-        )
+    stored = source.quantized
+    if isinstance(stored, QuantizedLinear):
+        return replace(source, shape=shape, quantized=slices.take(source.name, stored, axis, ranges))
     if 0 < axis == len(shape) - 1:  # a few bytes of each row
         return replace(source, shape=shape, columns=Columns(source.shape[axis], ranges))
+    if stored is not None:
+        return replace(source, shape=shape, quantized=slices.take_computed(stored, axis, ranges))
     return replace(source, shape=shape, pieces=tuple(_pieces(source, _elements(source.shape, axis, ranges))))
 
 

@@ -2,7 +2,7 @@
 
 Few tokens: one kernel that dequantizes the weight on its way to the tensor cores, over splits of the inputs
 where there are too few tiles to fill the GPU, and one that adds the splits up. Many tokens: the weight is
-dequantized once, in slices, and multiplied like any other. No number here has been measured on a GPU.
+dequantized once, in slices, and multiplied like any other.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ LARGEST_FUSED = 256
 # Tokens of a block: the first that holds all, or else the last.
 TOKEN_BLOCKS = (16, 32, 64)
 # Blocks that should run on an SM at once: together they keep enough loads in flight.
-BLOCKS_PER_SM = 4
+BLOCKS_PER_SM = 8
+# These and the number above are the fastest of those measured on an H200 (docs/gpu.md).
+MULTIPLY_WARPS, MULTIPLY_STAGES = 4, 3
 SMALLEST_SPLIT = 4  # steps, so that the loads of a split overlap
 SLICE_BYTES = 256 << 20  # of dequantized weight at a time
 ELEMENTS = 1024  # of a block of the kernels that only move or add
@@ -214,7 +216,6 @@ def _gather(problem: _Problem) -> Launch:
 
 
 def _multiply_kernel(problem: _Problem, block_m: int, split: bool) -> Kernel:
-    num_stages = 4
     return _kernel(
         problem,
         "multiply",
@@ -223,9 +224,10 @@ def _multiply_kernel(problem: _Problem, block_m: int, split: bool) -> Kernel:
             "BLOCK_M": block_m,
             "SPLIT": split,
             "HAS_BIAS": problem.has_bias and not split,
-            "NUM_STAGES": num_stages,
+            "NUM_STAGES": MULTIPLY_STAGES,
         },
-        num_stages=num_stages,
+        num_warps=MULTIPLY_WARPS,
+        num_stages=MULTIPLY_STAGES,
     )
 
 

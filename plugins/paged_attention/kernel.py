@@ -82,6 +82,7 @@ def append(
 ):  # fmt: skip
     """Store the keys and values of one token, grid (T,); zero its row of out if it is in no sequence."""
     WIDTH: tl.constexpr = NUM_KV_HEADS * HEAD_DIM
+    dtype: tl.constexpr = kv_cache.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token).to(tl.int64)
     if slot >= 0:
@@ -91,7 +92,6 @@ def append(
             inside = index < WIDTH
             key = tl.load(k + token * WIDTH + index, inside, 0.0)
             value = tl.load(v + token * WIDTH + index, inside, 0.0)
-            dtype: tl.constexpr = kv_cache.dtype.element_ty
             target = kv_cache + key_row + index
             tl.store(target, _stored(key, k_scale, HAS_K_SCALE, dtype), inside)
             tl.store(target + BLOCK_SIZE * WIDTH, _stored(value, v_scale, HAS_V_SCALE, dtype), inside)

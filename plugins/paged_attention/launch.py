@@ -27,32 +27,34 @@ class Tiles:
     rows: int  # of queries: tokens x heads of a group
     tile: int  # tokens of the cache
     num_warps: int
+    # The load of block numbers takes stages of its own: 5 leave two buffers of keys and values, fewer one.
+    num_stages: int = 5
 
 
-# All of these are unmeasured. They are chosen so that two buffers of keys and values fit in shared memory:
-# the load of block numbers takes stages of its own, and fewer than 5 leave one buffer.
-_NUM_STAGES = 5
-# These have 227 KiB of it a block, and multiply matrices of 64 rows or more out of it. All others are taken
-# to have 99 KiB, also 80, whose machine code runs on 86.
+# Tiles of 9.0 with heads of 128 are the fastest of those measured on an H200 (docs/gpu.md), and taken for
+# other heads and for 10.0 too; those of other GPUs are unmeasured.
+
+# These have 227 KiB of shared memory a block. All others are taken to have 99 KiB, also 80, whose machine
+# code runs on 86.
 _LARGE = (90, 100)
 
 
 def decode_tiles(arch: int, head_dim: int, group: int, cache_bytes: int) -> Tiles:
     """Tiles for sequences with few new tokens. `cache_bytes` is the size of an element."""
-    # 8-bit values that are to be multiplied from registers get there byte by byte; 64 rows, most of them
-    # empty, make the compiler widen them on the way to shared memory instead.
-    least_rows = 64 if cache_bytes == 1 and arch in _LARGE else 16
-    rows = max(least_rows, _power_of_two(group))
-    return Tiles(
-        rows,
-        tile=32 if head_dim == 256 else 64,
-        num_warps=8 if rows * head_dim > 64 * 128 else 4,
-    )
+    rows = max(16, _power_of_two(group))
+    num_warps = 8 if rows * head_dim > 64 * 128 else 4
+    if head_dim == 256:
+        return Tiles(rows, 32, num_warps)
+    if arch in _LARGE:
+        return Tiles(rows, 128, num_warps, num_stages=4 if cache_bytes == 2 else 5)
+    return Tiles(rows, 64, num_warps)
 
 
 def prefill_tiles(arch: int, head_dim: int, cache_bytes: int) -> Tiles:
     """Tiles for sequences with many new tokens. `cache_bytes` is the size of an element."""
-    rows, tile = 128, 64 if arch in _LARGE else 32
+    rows, tile = 128, 32
+    if arch in _LARGE:
+        tile = 128 if cache_bytes == 2 else 64
     if head_dim == 256:
         tile = 32 if arch in _LARGE else 16
         if cache_bytes == 1 or arch not in _LARGE:  # registers do not suffice for more
@@ -60,8 +62,8 @@ def prefill_tiles(arch: int, head_dim: int, cache_bytes: int) -> Tiles:
     return Tiles(rows, tile, num_warps=8)
 
 
-# Splits of contexts: as many as bring this many programs to each multiprocessor, unless their parts become
-# too short to be worth it. Unmeasured.
+# Splits of contexts: as many as leave no more programs than this for each multiprocessor, unless their parts
+# become too short to be worth it.
 _PROGRAMS_PER_SM = 2
 _MIN_SPLIT_TOKENS = 256
 _SPLITS_AT_ONCE = 16  # in `combine`
@@ -120,7 +122,7 @@ def _max_splits(layer: _Layer, max_context: int) -> int:
 
 
 def _num_splits(layer: _Layer, num_seqs: int, max_context: int, num_sms: int) -> int:
-    wanted = -(-_PROGRAMS_PER_SM * num_sms // (num_seqs * layer.num_kv_heads))
+    wanted = _PROGRAMS_PER_SM * num_sms // (num_seqs * layer.num_kv_heads)
     return max(1, min(wanted, _max_splits(layer, max_context)))
 
 
@@ -130,12 +132,10 @@ def _workspace(layer: _Layer, num_seqs: int, max_context: int, num_sms: int) -> 
     More sequences are split less, but a larger call must not need less memory than a smaller one.
     """
     max_splits = _max_splits(layer, max_context)
-    if max_splits < 2:
+    most = _PROGRAMS_PER_SM * num_sms // layer.num_kv_heads  # splits of all sequences together
+    if min(max_splits, most) < 2:
         return {}
-    unsplit = -(-_PROGRAMS_PER_SM * num_sms // layer.num_kv_heads)  # as many sequences need no splits
-    seqs = min(num_seqs, unsplit)
-    # seqs * _num_splits is at most this: rounding up adds less than one split a sequence.
-    parts = min(unsplit + seqs, seqs * max_splits)
+    parts = min(most, num_seqs * max_splits)
     rows = parts * layer.num_heads * (layer.decode.rows // layer.group)
     return {"partial_out": 4 * rows * layer.head_dim, "partial_lse": 4 * rows}
 
@@ -267,7 +267,7 @@ def _kernel(layer: _Layer, name: str) -> Kernel:
         parameters=tuple((parameter, types[parameter]) for parameter in _PARAMETERS[function]),
         constants=tuple(constants.items()),
         num_warps=tiles.num_warps,
-        num_stages=_NUM_STAGES,
+        num_stages=tiles.num_stages,
     )
 
 

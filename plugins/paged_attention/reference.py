@@ -49,6 +49,7 @@ def paged_attention(
             cache[block, 0, offset] = as_stored(k[token].astype(np.float32) / k_scale, cache.dtype)
             cache[block, 1, offset] = as_stored(v[token].astype(np.float32) / v_scale, cache.dtype)
 
+    keys_of, values_of = cache[:, 0].astype(np.float32) * k_scale, cache[:, 1].astype(np.float32) * v_scale
     out = np.zeros_like(q)
     group = q.shape[1] // k.shape[1]  # query heads that share a KV head
     for sequence, context_len in enumerate(context_lens):
@@ -59,8 +60,8 @@ def paged_attention(
             seen = np.arange(first, position + 1)
             blocks, offsets = block_tables[sequence, seen // block_size], seen % block_size
             for head in range(q.shape[1]):
-                keys = cache[blocks, 0, offsets, head // group].astype(np.float32) * k_scale  # [seen, D]
-                values = cache[blocks, 1, offsets, head // group].astype(np.float32) * v_scale
+                keys = keys_of[blocks, offsets, head // group]  # [seen, D]
+                values = values_of[blocks, offsets, head // group]
                 scores = keys @ q[token, head].astype(np.float32) * np.float32(scale)
                 if softcap:
                     scores = softcap * np.tanh(scores / softcap)

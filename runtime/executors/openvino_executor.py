@@ -87,7 +87,7 @@ class OpenVINOExecutor:
         )
         config = {
             "INFERENCE_PRECISION_HINT": _PRECISIONS[dtype],
-            "KV_CACHE_PRECISION": _PRECISIONS[dtype],
+            "KV_CACHE_PRECISION": "u8" if manifest.kv_cache.dtype == "int8" else _PRECISIONS[dtype],
             "INFERENCE_NUM_THREADS": threads,
             "PERFORMANCE_HINT": "LATENCY",
             # A pinned thread waits for its core while another process uses it, and the other threads for
@@ -192,7 +192,7 @@ def _check_manifest(manifest: Manifest) -> None:
             f"dtype {manifest.dtype} is computed wrongly by OpenVINO on a CPU: build with --dtype "
             f"{' or '.join(_PRECISIONS)}"
         )
-    if cache.dtype != manifest.dtype:
+    if cache.dtype not in (manifest.dtype, "int8"):
         raise ConfigError(
             f"OpenVINO has no KV cache of {cache.dtype} for dtype {manifest.dtype}: build the model again"
         )

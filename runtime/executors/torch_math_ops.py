@@ -120,6 +120,7 @@ MATH_OPS: Mapping[str, StandardOp] = {
     "GreaterOrEqual": StandardOp(plain(operator.ge), takes_numbers=True),
     "LayerNormalization": StandardOp(_layer_normalization),
     "Less": StandardOp(plain(operator.lt), takes_numbers=True),
+    "MatMul": StandardOp(plain(torch.matmul)),
     "Mul": StandardOp(plain(operator.mul), takes_numbers=True),
     "Not": StandardOp(plain(torch.logical_not)),
     "Pow": StandardOp(plain(_pow), takes_numbers=True),

@@ -96,6 +96,14 @@ def check(context: typer.Context) -> None:
     _only(command)(args=context.args, prog_name="trtforge check")
 
 
+@app.command(**_DEFERRED)
+def evaluate(context: typer.Context) -> None:
+    """Score a text by a build: perplexity, and how far its logits are from the unquantized model's."""
+    from trtforge.evaluation.command import evaluate as command
+
+    _only(command)(args=context.args, prog_name="trtforge evaluate")
+
+
 app.command()(serve)
 app.command()(health)
 app.command()(ask)

@@ -24,11 +24,16 @@ MAX_SLOTS = 2**31 - 1
 
 Runtime = Literal["openvino", "tensorrt", "tensorrt-rtx", "reference", "fake"]
 DType = Literal["float32", "bfloat16", "float16"]
+CacheDType = Literal["float32", "bfloat16", "float16", "int8"]
+
+# Of an int8 cache, as OpenVINO lays it out: a scale and a zero point, in float32, for each channel of the
+# keys of a block of 32 tokens, and for the values of each token and head.
+_SCALE_BYTES, _TOKENS_OF_A_SCALE = 8, 32
 
 
-def element_bytes(dtype: DType) -> int:
+def element_bytes(dtype: CacheDType) -> int:
     """Bytes of one number."""
-    return 4 if dtype == "float32" else 2
+    return {"float32": 4, "int8": 1}.get(dtype, 2)
 
 
 class _Frozen(BaseModel):
@@ -43,15 +48,20 @@ class LayerCache(_Frozen):
     window: int = Field(default=0, ge=0)  # tokens that a token sees, itself included; 0: all before it
 
 
-def cache_bytes_per_token(layers: Sequence[LayerCache], dtype: DType) -> int:
+def cache_bytes_per_token(layers: Sequence[LayerCache], dtype: CacheDType) -> int:
     """Bytes that one token occupies in caches of `layers`, keys and values together."""
-    return sum(2 * layer.num_kv_heads * layer.head_dim for layer in layers) * element_bytes(dtype)
+    of_keys = sum(layer.num_kv_heads * layer.head_dim for layer in layers)
+    num_bytes = 2 * of_keys * element_bytes(dtype)
+    if dtype != "int8":
+        return num_bytes
+    of_values = sum(layer.num_kv_heads for layer in layers)
+    return num_bytes + _SCALE_BYTES * (of_keys // _TOKENS_OF_A_SCALE + of_values)
 
 
 class KVCacheLayout(_Frozen):
     """The paged cache of the whole model: `num_blocks` blocks of `block_size` tokens in every layer."""
 
-    dtype: DType
+    dtype: CacheDType
     block_size: int = Field(gt=0)
     num_blocks: int = Field(gt=0)
     layers: tuple[LayerCache, ...] = Field(min_length=1)

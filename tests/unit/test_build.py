@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trtforge import cli, errors
 from trtforge.builder.build import BuildResult, build
 from trtforge.builder.engine_cache import default_cache_folder
+from trtforge.builder.engine_facts import read_facts
 from trtforge.builder.key import sources_digest
 from trtforge.builder.options import BuildOptions, parse_cache_folder
 from trtforge.builder.report import BuildReport
@@ -256,7 +257,12 @@ def test_an_engine_lies_beside_its_graph_and_is_kept_for_the_next_build(
 
     first = build_as("first")
     version = first.folder / "1"
-    assert names(version / "rank0") == ["model.engine", "model.onnx", "model.safetensors"]
+    assert names(version / "rank0") == [
+        "model.engine",
+        "model.engine.json",
+        "model.onnx",
+        "model.safetensors",
+    ]
     engine = first.manifest.ranks[0].engine
     assert (engine.package, engine.version) == ("tensorrt_rtx", tensorrt_rtx.__version__)
     assert engine.compute_capabilities == ("8.9",)
@@ -265,6 +271,10 @@ def test_an_engine_lies_beside_its_graph_and_is_kept_for_the_next_build(
     host = EngineHost(engine.package, engine.version, "8.9")
     assert check_engine(version, Manifest.load(version), 0, host) == version / "rank0" / "model.engine"
 
+    network = read_facts(version / "rank0" / "model.engine")
+    layers = {(layers.type, layers.dtype): layers.count for layers in network.layers}
+    assert layers["scatter", "bfloat16"] == len(first.manifest.kv_cache.layers)
+    assert [tensor.name for tensor in network.inputs][-1] == "kv_cache.1"
     # TensorRT does not build the same bytes twice.
     assert build_as("second").manifest.ranks[0].engine == engine
     assert build_as("first").cached

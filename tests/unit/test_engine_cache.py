@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from trtforge.builder.engine_cache import EngineCache, EngineRecipe, default_cache_folder
+from trtforge.builder.engine_cache import BuiltEngine, EngineCache, EngineRecipe, default_cache_folder
+from trtforge.builder.engine_facts import EngineFacts, EngineLayers, read_facts
 from trtforge.errors import ConfigError
 from trtforge.manifest import DimRange, Profile
+
+FACTS = EngineFacts(inputs=(), outputs=(), layers=(EngineLayers(type="shuffle", dtype="bfloat16", count=3),))
 
 
 def recipe(**changes: object) -> EngineRecipe:
@@ -36,9 +39,9 @@ class Builder:
         self.count = 0
         self._size = size
 
-    def __call__(self) -> memoryview:
+    def __call__(self) -> BuiltEngine:
         self.count += 1
-        return memoryview(os.urandom(self._size))
+        return BuiltEngine(memoryview(os.urandom(self._size)), FACTS)
 
 
 def engines(folder: Path) -> set[str]:
@@ -53,6 +56,7 @@ def test_the_second_time_an_engine_comes_from_the_cache(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert (first.sha256, first.size_bytes) == (second.sha256, second.size_bytes)
     assert second.size_bytes == 1000
+    assert read_facts(tmp_path / "a") == read_facts(tmp_path / "b") == FACTS
 
 
 @pytest.mark.parametrize(
@@ -133,12 +137,12 @@ def test_what_a_killed_builder_left_is_removed(tmp_path: Path) -> None:
 
 
 def _write_slowly(folder: Path, file: Path, log: Path, building: Event) -> None:
-    def build() -> memoryview:
+    def build() -> BuiltEngine:
         with log.open("a") as stream:
             stream.write("built\n")
         building.set()
         time.sleep(0.5)  # the other process arrives meanwhile
-        return memoryview(os.urandom(1000))
+        return BuiltEngine(memoryview(os.urandom(1000)), FACTS)
 
     EngineCache(folder).write(recipe(), file, build)
 

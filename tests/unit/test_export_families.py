@@ -23,7 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from trtforge import wire
 from trtforge.builder.checkpoint import Checkpoint
-from trtforge.builder.engine import Network, NetworkTensor, choose_target
+from trtforge.builder.engine import Network, choose_target
+from trtforge.builder.engine_facts import EngineTensor
 from trtforge.builder.export import (
     ExportedModel,
     TracedModel,
@@ -305,8 +306,8 @@ def test_lowered_graph_equals_hugging_face_and_builds_into_an_engine(
     lowered = ir.to_proto(lower(family.folder / "model.onnx", BLOCK_SIZE))
     onnx.save(lowered, family.folder / "lowered.onnx")
     check_graph("lowered.onnx")
-    # 0, 1, … of tokens, of rows and of cache slots: in front of the layers, not in each of them.
-    assert [node.op_type for node in lowered.graph.node].count("Range") == 3
+    # 0, 1, … of the rows of the longest sequence: in front of the layers, not in each of them.
+    assert [node.op_type for node in lowered.graph.node].count("Range") == 1
 
     network = Network(lowered.SerializeToString(), family.folder / "model.onnx", "tensorrt_rtx")
     layers = family.exported.layers
@@ -315,12 +316,15 @@ def test_lowered_graph_equals_hugging_face_and_builds_into_an_engine(
         for index, layer in enumerate(layers)
     ]
     assert network.inputs() == (
-        *(NetworkTensor(tensor.name, tensor.dtype, tensor.dims) for tensor in wire.GRAPH_INPUTS),
-        *(NetworkTensor(wire.kv_cache_input(index), "float32", dims) for index, dims in caches),
+        *(EngineTensor(name=t.name, dtype=t.dtype, dims=t.dims) for t in wire.GRAPH_INPUTS),
+        *(EngineTensor(name=wire.kv_cache_input(i), dtype="float32", dims=dims) for i, dims in caches),
     )
     assert network.outputs() == (
-        NetworkTensor(wire.LOGITS, "float32", (-1, family.exported.vocab_size)),
-        *(NetworkTensor(wire.kv_cache_output(index), "float32", (-1, *dims[1:])) for index, dims in caches),
+        EngineTensor(name=wire.LOGITS, dtype="float32", dims=(-1, family.exported.vocab_size)),
+        *(
+            EngineTensor(name=wire.kv_cache_output(i), dtype="float32", dims=(-1, *dims[1:]))
+            for i, dims in caches
+        ),
     )
     kv_cache = KVCacheLayout(dtype="float32", block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, layers=layers)
     limits = Limits(max_model_len=64, max_num_seqs=8, max_num_batched_tokens=32)

@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trtforge.builder.engine_facts import EngineFacts, EngineLayers, EngineTensor, write_facts
 from trtforge.builder.inspection.layout import lay_out
 from trtforge.builder.inspection.report import InspectionReport
-from trtforge.manifest import DType, LayerCache, Manifest
+from trtforge.manifest import DimRange, DType, EngineInfo, LayerCache, Manifest, Profile
 
 Run = Callable[..., tuple[int, str, str]]
 MakeRepository = Callable[[DType], Path]
@@ -193,6 +194,47 @@ def test_weights_that_do_not_fit_their_tensors(repository: Path, graph_folder: P
     assert "6 bytes, its shape and dtype need" in problems
 
 
+def test_an_engine_is_told_by_its_manifest_and_by_its_build(
+    repository: Path, graph_folder: Path, tmp_path: Path, run_trtforge: Run
+) -> None:
+    """What was built from which network is in test_build.py; here it is read."""
+    engine = graph_folder / "model.engine"
+    engine.write_bytes(b"12345")
+    tensor = EngineTensor(name="logits", dtype="float32", dims=("R", 128))
+    layers = (EngineLayers(type="matrix_multiply", dtype="bfloat16", count=1234),)
+    network = EngineFacts(inputs=(), outputs=(tensor,), layers=layers)
+    write_facts(network, engine)
+    info = EngineInfo(
+        file="rank0/model.engine",
+        size_bytes=5,
+        sha256="abc",
+        package="tensorrt_rtx",
+        version="9.9",
+        compute_capabilities=("8.9", "12.0"),
+        profiles=(Profile(name="mixed", dims={"T": DimRange(min=1, opt=8, max=64)}),),
+    )
+    manifest = Manifest.load(graph_folder.parent)
+    (rank,) = manifest.ranks
+    ranks = (rank.model_copy(update={"engine": info}),)
+    manifest.model_copy(update={"ranks": ranks}).save(graph_folder.parent)
+    for path in (engine, repository):
+        status, output, _ = run_trtforge("inspect", str(path), "--json", str(tmp_path / "facts.json"))
+        assert status == 0
+        report = InspectionReport.model_validate_json((tmp_path / "facts.json").read_text())
+        assert [(found.info, found.network, found.loaded) for found in report.engines] == [
+            (info, network, None)
+        ]
+        for text in ("tensorrt_rtx 9.9", "sm_89, sm_120", "T 1 to 64, at best 8", "1,234", "matrix_multiply"):
+            assert text in output
+    engine.write_bytes(b"1234")
+    status, output, _ = run_trtforge("inspect", str(engine))
+    assert status == 2
+    assert "has 4 bytes, the build wrote 5" in output
+    (graph_folder / "model.engine.json").write_text("{}")
+    status, _, errors = run_trtforge("inspect", str(engine))
+    assert (status, "does not hold the facts of an engine" in errors) == (2, True)
+
+
 def test_what_is_nothing_to_inspect(repository: Path, tmp_path: Path, run_trtforge: Run) -> None:
     engine = tmp_path / "rank0.engine"
     engine.write_bytes(b"")
@@ -200,7 +242,7 @@ def test_what_is_nothing_to_inspect(repository: Path, tmp_path: Path, run_trtfor
     shutil.copytree(two / "llm", two / "other")
     wrong = {
         (str(tmp_path / "nowhere"),): "nowhere holds no build",
-        (str(engine),): "is an engine",
+        (str(engine),): "is an engine of which no manifest beside it says what it is",
         (str(two),): f"holds 2 builds, give the folder of one: {two / 'llm'}, {two / 'other'}",
         (str(repository), "--layer", "1"): "--layer 1 is drawn into a file",
         (str(repository), "--graph", "layer.png"): "has to end with .svg or .html",

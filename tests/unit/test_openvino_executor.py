@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from trtforge.runtime.executor import Float32Array
 from trtforge.runtime.executors.openvino_executor import OpenVINOExecutor, has_bfloat16
 from trtforge.runtime.executors.openvino_graph import PAGED_ATTENTION_INPUTS, read_graph
 from trtforge.runtime.executors.openvino_passes import merge_projections
+from trtforge.runtime.scheduling.block_moves import BlockMoves
 
 Drive = Callable[..., Any]
 Export = Callable[[DType], tuple[Path, Manifest]]
@@ -65,6 +66,31 @@ def test_logits_equal_hugging_face(
     with torch.no_grad():
         expected = hf(torch.tensor([text])).logits[0].numpy()
     assert relative_error(logits, expected) < tolerance
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cache_of_bytes(export_tiny_llama: Export, drive: Drive, dtype: DType) -> None:
+    """Takes the memory that the manifest says, and blocks can be moved with their scales."""
+    folder, manifest = export_tiny_llama(dtype)
+    text = random_tokens(manifest.model.vocab_size)
+    expected = drive(OpenVINOExecutor(folder, manifest, threads=2)).run(chunks(text))["a"]
+    layout = manifest.kv_cache.model_copy(update={"dtype": "int8"})
+    in_bytes = manifest.model_copy(update={"kv_cache": layout})
+    executor = OpenVINOExecutor(folder, in_bytes, threads=2)
+    num_tokens = layout.num_blocks * layout.block_size
+    assert sum(cache.data.nbytes for cache in executor._caches) == num_tokens * layout.bytes_per_token
+    assert layout.bytes_per_token < 0.8 * manifest.kv_cache.bytes_per_token
+    driver = drive(executor, block_order=[7, 3, 20, 9])
+    first = driver.run(chunks(text)[:-1])["a"]
+    assert 0 < relative_error(first, expected[:-1]) < 0.1
+    inputs = driver.inputs({"a": text[-1:]})
+    last = executor.execute(inputs).logits.copy()
+    # The same step again, from copies of all blocks.
+    executor.move_blocks(BlockMoves(copies=[(7, 11), (3, 12), (20, 13)]))
+    tables = np.array([[11, 12, 13]], np.int32)
+    slots = tables[0, inputs.position_ids // 32] * 32 + inputs.position_ids % 32
+    moved = replace(inputs, block_tables=tables, slot_mapping=slots.astype(np.int32))
+    np.testing.assert_allclose(executor.execute(moved).logits, last, rtol=0, atol=0.02 * np.abs(last).max())
 
 
 def test_bfloat16_model_runs_on_a_cpu_without_it(

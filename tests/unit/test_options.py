@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,11 @@ def plan(max_model_len: int = 8192, kv_cache_bytes: int | None = None, block_siz
         (["--fp8", "--group-size", "64"], "--group-size is for the scales of --int4"),
         (["--fp8", "--calibrate", "awq"], "--calibrate awq makes weights of four bits: give --int4 too"),
         (["--int4", "--calibration-text", "x"], "--calibration-text is what --calibrate awq reads"),
+        (
+            ["--kv-cache-dtype", "int8", "--runtime", "reference"],
+            "--kv-cache-dtype int8 is a cache of OpenVINO's, which --runtime reference has not",
+        ),
+        (["--kv-cache-dtype", "fp8"], "'fp8' is not one of 'auto', 'int8'"),
         (["--exclude", "*.down_proj.weight"], "--exclude says what --int4, --fp8 or --int8 leaves as it is"),
         (["--runtime", "tensorrt", "--gpu", "90"], "--gpu '90' is not a compute capability"),
         (["--gpu", "sm_89"], "--gpu is for TensorRT's engines: give --runtime tensorrt-rtx or tensorrt"),
@@ -144,6 +150,16 @@ def test_kv_cache_bytes_per_token(layers: tuple[LayerCache, ...], bytes_per_toke
 def test_default_kv_cache_holds_one_longest_sequence_at_least() -> None:
     # 16,000 tokens of 131,072 bytes are more than 1 GiB; 500 blocks of 32 tokens hold them exactly.
     assert plan_kv_cache(plan(max_model_len=16_000), LLAMA_3_8B).num_blocks == 500
+
+
+def test_a_cache_of_bytes_holds_more_tokens() -> None:
+    assert make_plan(options(), LlamaConfig(), "bfloat16").kv_cache_dtype is None
+    in_bytes = make_plan(options(kv_cache_dtype="int8"), LlamaConfig(), "bfloat16")
+    wide, narrow = (plan_kv_cache(each, SMOLLM2) for each in (plan(), replace(plan(), kv_cache_dtype="int8")))
+    assert (in_bytes.kv_cache_dtype, narrow.dtype) == ("int8", "int8")
+    # A key and a value of 64 bytes, 8 of the value's scale, a 32th of 8 for each channel of keys.
+    assert narrow.bytes_per_token == 30 * 3 * (64 + 64 + 8 + 64 * 8 // 32)
+    assert narrow.num_blocks == pytest.approx(wide.num_blocks * 256 / 152, rel=0.01)
 
 
 def test_too_small_a_kv_cache_is_refused_with_figures_that_work() -> None:

@@ -156,6 +156,44 @@ def int8_channel(weight: np.ndarray) -> Stored:
     return Stored({"weight": rounded, "weight_scale": scale}, rounded.float() * scale)
 
 
+def bitsandbytes_int8(weight: np.ndarray) -> Stored:
+    largest = np.abs(weight).max(1)
+    rounded = np.round(weight / largest[:, None] * 127).astype(np.int8)
+    tensors = {"weight": rounded, "SCB": largest, "weight_format": np.array(0, np.uint8)}
+    return Stored(as_torch(tensors), torch.from_numpy(rounded * (largest[:, None] / 127)))
+
+
+def bitsandbytes_nf4(weight: np.ndarray, nested: bool = True) -> Stored:
+    """Blocks of 64 over all rows; their largest numbers are stored, or bytes that stand for them."""
+    table = np.sort(RNG.uniform(-1, 1, 16)).astype(np.float32)
+    largest = np.abs(weight.reshape(-1, 64)).max(1)
+    state = {"quant_type": "nf4", "blocksize": 64, "shape": list(weight.shape), "dtype": "float32"}
+    tensors = {"weight.absmax": largest}
+    if nested:
+        bytes_table = np.sort(RNG.uniform(-1, 1, 256)).astype(np.float32)
+        offset = largest.mean()
+        blocks = np.array_split(largest - offset, range(32, len(largest), 32))
+        scales = np.array([np.abs(block).max() for block in blocks], np.float32)
+        scaled = np.concatenate([block / scale for block, scale in zip(blocks, scales, strict=True)])
+        codes = np.abs(scaled[:, None] - bytes_table).argmin(1)
+        largest = bytes_table[codes] * np.repeat(scales, 32)[: len(codes)] + offset
+        state |= {"nested_blocksize": 32, "nested_offset": float(offset), "nested_dtype": "float32"}
+        tensors = {
+            "weight.absmax": codes.astype(np.uint8),
+            "weight.nested_absmax": scales,
+            "weight.nested_quant_map": bytes_table,
+        }
+    codes = np.abs(weight.reshape(-1, 64)[..., None] / largest[:, None, None] - table).argmin(2)
+    meaning = (table[codes] * largest[:, None]).reshape(weight.shape).astype(np.float32)
+    flat = codes.reshape(-1).astype(np.uint8)
+    tensors |= {
+        "weight": (flat[::2] << 4 | flat[1::2])[:, None],
+        "weight.quant_map": table,
+        "weight.quant_state.bitsandbytes__nf4": np.frombuffer(json.dumps(state).encode(), np.uint8).copy(),
+    }
+    return Stored(as_torch(tensors), torch.from_numpy(meaning))
+
+
 def compressed(layout: str, **weights: object) -> dict[str, Any]:
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     method = {"quant_method": "compressed-tensors", "format": layout}
@@ -188,6 +226,7 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[np.ndarray], Stored], str]] =
     ),
     "modelopt-fp8": ({"quant_method": "modelopt", "quant_algo": "FP8"}, fp8_tensor, "fp8"),
     "modelopt-awq": ({"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"}, modelopt_awq, "int4"),
+    "bitsandbytes-int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, bitsandbytes_int8, "int8"),
     "deepseek-fp8": (
         {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
         fp8_block,
@@ -282,6 +321,36 @@ def test_runtimes_compute_with_the_numbers_of_the_checkpoint(
     assert np.linalg.norm(logits - expected) < tolerance * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("nested", [True, False])
+def test_tables_of_four_bits_are_dequantized(tiny_llama: Path, tmp_path: Path, nested: bool) -> None:
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    model = tmp_path / "model"
+    weights = quantize(tiny_llama, model, settings, lambda weight: bitsandbytes_nf4(weight, nested))
+    checkpoint = Checkpoint.open(str(model))
+    assert checkpoint.quantized.keys() == weights.keys()
+    assert not [name for name in checkpoint.tensors if "weight." in name]
+    for key, weight in checkpoint.quantized.items():
+        np.testing.assert_allclose(weight.dequantize(), weights[key], rtol=1e-5, atol=1e-7)
+    if nested:
+        logging.getLogger("torch.onnx._internal.exporter").setLevel(logging.ERROR)
+        exported = export_model(checkpoint, "bfloat16", lowering="native")
+        made = {choice.name: choice for choice in exported.weights}
+        assert made[next(iter(weights))].reason == "dequantized: nf4 of bitsandbytes is a table, not a scale"
+        assert not any(choice.is_quantized for choice in exported.weights)
+
+
+def test_bytes_in_a_layout_of_a_gpu_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    settings, store, _ = FORMATS["bitsandbytes-int8"]
+
+    def store_tiles(weight: np.ndarray) -> Stored:
+        stored = store(weight)
+        return Stored({**stored.tensors, "weight_format": torch.tensor(2, dtype=torch.uint8)}, stored.meaning)
+
+    quantize(tiny_llama, tmp_path / "model", settings, store_tiles)
+    with pytest.raises(ExportError, match="with bytes in the layout 2"):
+        Checkpoint.open(str(tmp_path / "model"))
+
+
 @pytest.mark.parametrize(
     ("base", "changes", "said"),
     [
@@ -294,8 +363,8 @@ def test_runtimes_compute_with_the_numbers_of_the_checkpoint(
         ("deepseek-fp8", {"weight_block_size": None}, "has no weight_scale"),
         (
             "compressed-fp8",
-            {"quant_method": "bitsandbytes"},
-            r"quantized \(bitsandbytes\), which is not supported",
+            {"quant_method": "hqq"},
+            r"quantized \(hqq\), which is not supported",
         ),
         ("gptq", {"quant_method": "awq"}, "down_proj: Int4Gemm: in_features is 12"),
     ],

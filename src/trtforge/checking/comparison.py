@@ -40,7 +40,7 @@ def compare(actual: Float32Array, expected: Float32Array) -> Errors:
     distances = np.abs(wide - wide_expected).max(axis=1)
     ranges = np.maximum(np.ptp(wide_expected, axis=1), np.finfo(np.float32).tiny)
     relative = distances / ranges
-    log_p, log_q = _log_softmax(wide_expected), _log_softmax(wide)
+    log_p, log_q = log_softmax(wide_expected), log_softmax(wide)
     return Errors(
         num_rows=len(expected),
         max_abs=float(distances.max()),
@@ -51,7 +51,8 @@ def compare(actual: Float32Array, expected: Float32Array) -> Errors:
     )
 
 
-def _log_softmax(logits: _Float64Array) -> _Float64Array:
+def log_softmax(logits: _Float64Array) -> _Float64Array:
+    """Log-probabilities of each row of `logits`, [R, V]."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     result: _Float64Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return result
