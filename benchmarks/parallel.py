@@ -35,13 +35,13 @@ from trtforge.runtime.executors.create import create_executor
 from trtforge.runtime.parallel.communicator import GroupShape, communicator_bytes
 from trtforge.runtime.parallel.shared_memory import SharedMemory
 
-ROUNDS = 5
+ROUNDS = 3
 NUM_RANKS = 2
 VOCAB_SIZE = 32_000
 NUM_SEQS = (1, 64, 256)
 PREFILL_TOKENS = 256
 DECODE_SEQS = (1, 8)
-STEPS = 60
+STEPS = 30
 
 
 def main() -> None:

@@ -150,13 +150,10 @@ class Communicator:
         self._signals.raise_to(Counter.REDUCED, number)
         for peer in self._peers:
             self._signals.wait_for(peer, Counter.REDUCED, number)
-        if source.dtype == np.float32:
-            total = target
-            total[:] = slots[0][:size]
-        else:
-            total = slots[0][:size].astype(np.float32)
+        total = slots[0][:size].astype(np.float32, copy=False)
+        room = target if source.dtype == np.float32 else np.empty(size, np.float32)
         for slot in slots[1:]:
-            np.add(total, slot[:size].astype(np.float32, copy=False), out=total)
+            total = np.add(total, slot[:size].astype(np.float32, copy=False), out=room)
         if total is not target:
             target[:] = total
 

@@ -28,7 +28,6 @@ from trtforge.runtime.engine.messages import Channel
 from trtforge.runtime.executor import Executor
 from trtforge.runtime.executors.create import create_rank_executor
 from trtforge.runtime.executors.memory_budget import MemoryBudget
-from trtforge.runtime.parallel.communicator import Communicator
 from trtforge.runtime.parallel.group_memory import GroupMemory
 from trtforge.runtime.parallel.messages import (
     Agreed,
@@ -46,7 +45,7 @@ from trtforge.runtime.parallel.messages import (
     rank_end,
 )
 from trtforge.runtime.parallel.micro_batches import split_step
-from trtforge.runtime.parallel.rank_view import RankContext, rank_manifest
+from trtforge.runtime.parallel.rank_view import RankContext, cache_share, rank_manifest
 from trtforge.runtime.parallel.shared_memory import SharedMemory
 from trtforge.runtime.parallel.signals import PeerFailedError
 from trtforge.runtime.parallel.step_memory import StepSizes
@@ -117,10 +116,11 @@ def _serve(rank: int, channel: RankChannel, memory: SharedMemory) -> int:
         channel.send(Failed(_text(error), _kind(error)))
         return TrtforgeError.exit_code
     try:
-        context = RankContext(communicator, lambda budget: _agree(channel, budget))
+        share = cache_share(manifest, rank)
+        context = RankContext(communicator, share, lambda budget: _agree(channel, budget))
         executor = create_rank_executor(rank_manifest(manifest, rank), model_dir, options, context)
         gc.freeze()  # what was made so far stays: the collector need not look at it again
-        worker = RankWorker(executor, communicator, group, manifest.ranks[rank].logits_columns)
+        worker = RankWorker(executor, group, manifest.ranks[rank].logits_columns)
         channel.send(Loaded())
         worker.run(channel)
         executor.close()
@@ -158,16 +158,10 @@ def _kind(error: Exception) -> FailureKind:
 class RankWorker:
     """Does what the driver says with one rank's executor."""
 
-    def __init__(
-        self,
-        executor: Executor,
-        communicator: Communicator,
-        group: GroupMemory,
-        logits_columns: tuple[int, int],
-    ) -> None:
+    def __init__(self, executor: Executor, group: GroupMemory, logits_columns: tuple[int, int]) -> None:
         self._executor = executor
         self._steps = group.steps
-        self._num_parts = communicator.shape.pp_size
+        self._num_parts = group.shape.pp_size
         self._columns = slice(*logits_columns)
 
     def run(self, channel: RankChannel) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import PurePosixPath
 
 from trtforge.engine_options import EngineOptions
-from trtforge.manifest import Manifest
+from trtforge.manifest import Manifest, cache_bytes_per_token
 from trtforge.runtime.executors.memory_budget import MemoryBudget, plan_memory
 from trtforge.runtime.parallel.communicator import Communicator
 
@@ -21,6 +23,7 @@ class RankContext:
     """What a rank's executor has of its group."""
 
     communicator: Communicator
+    cache_share: Fraction  # its part of what all ranks keep for a token
     # From what this rank has room for to what all have room for; waits for the others.
     agree: Callable[[MemoryBudget], MemoryBudget]
 
@@ -35,6 +38,12 @@ def rank_manifest(manifest: Manifest, rank: int) -> Manifest:
     return manifest.model_copy(update=changes)
 
 
+def cache_share(manifest: Manifest, rank: int) -> Fraction:
+    """Which part of what all ranks keep for a token is kept by `rank`."""
+    sizes = [cache_bytes_per_token(one.kv_layers, manifest.kv_cache.dtype) for one in manifest.ranks]
+    return Fraction(sizes[rank], sum(sizes))
+
+
 def share_threads(options: EngineOptions, num_ranks: int) -> EngineOptions:
     """The options of one of `num_ranks` ranks on the cores that this process may use."""
     num_cores = len(os.sched_getaffinity(0))
@@ -42,15 +51,16 @@ def share_threads(options: EngineOptions, num_ranks: int) -> EngineOptions:
     return options.model_copy(update={"threads": threads})
 
 
-def _share_host_memory(options: EngineOptions, num_ranks: int, *, cache_on_host: bool) -> EngineOptions:
-    """The options of one of `num_ranks` ranks on one machine: each takes its part of what all may take.
+def _share_host_memory(options: EngineOptions, share: Fraction, *, cache_on_host: bool) -> EngineOptions:
+    """The options of one of several ranks on one machine: it takes its `share` of what all may take.
 
     On GPUs, `cache_on_host` False, each rank has memory of its own for its cache.
     """
-    changes: dict[str, object] = {"swap_bytes": options.swap_bytes // num_ranks}
+    changes: dict[str, object] = {"swap_bytes": int(options.swap_bytes * share)}
     if cache_on_host:
-        changes["kv_cache_bytes"] = options.kv_cache_bytes // num_ranks
-        changes["kv_cache_fraction"] = options.kv_cache_fraction / num_ranks
+        # Not 0 for a little: that is no cap at all.
+        changes["kv_cache_bytes"] = math.ceil(options.kv_cache_bytes * share)
+        changes["kv_cache_fraction"] = options.kv_cache_fraction * float(share)
     return options.model_copy(update=changes)
 
 
@@ -65,8 +75,7 @@ def plan_rank_memory(
 ) -> MemoryBudget:
     """The cache of a model's only rank, or what all ranks have room for. Raises ConfigError for none."""
     if context is not None:
-        num_ranks = context.communicator.shape.num_ranks
-        options = _share_host_memory(options, num_ranks, cache_on_host=cache_on_host)
+        options = _share_host_memory(options, context.cache_share, cache_on_host=cache_on_host)
     budget = plan_memory(manifest, options, available_bytes, step_bytes=step_bytes)
     if context is not None:
         budget = context.agree(budget)

@@ -5,10 +5,12 @@ That it computes the right thing is in test_executor_conformance.py.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -23,9 +25,12 @@ from trtforge.manifest import DimRange, LayerCache, Limits, Manifest, Profile
 from trtforge.plugins.kernels import KERNELS
 from trtforge.runtime.executor import ModelInputs
 from trtforge.runtime.executors import create as executors
-from trtforge.runtime.executors.create import create_executor
+from trtforge.runtime.executors.create import create_executor, create_rank_executor
 from trtforge.runtime.executors.decode_batches import DecodeBatches
 from trtforge.runtime.executors.step_buffers import profile_for
+from trtforge.runtime.parallel.communicator import Communicator, GroupShape, communicator_bytes
+from trtforge.runtime.parallel.rank_view import RankContext
+from trtforge.runtime.parallel.shared_memory import SharedMemory
 from trtforge.runtime.scheduling.block_moves import BlockMoves
 
 Make = Callable[..., Any]  # see the fixture make_tensorrt_executor
@@ -371,3 +376,13 @@ def test_without_nccl_several_ranks_are_refused(
     shutil.copy(cuda_driver_folder / "libcuda.so.1", tmp_path)
     with pytest.raises(ConfigError, match="needs NCCL: pip install nvidia-nccl-cu13"):
         make_tensorrt_executor("tensorrt", limits=LIMITS, tp_size=2, LD_LIBRARY_PATH=str(tmp_path))
+
+
+def test_pipeline_stages_are_refused(make_manifest: Callable[..., Manifest], tmp_path: Path) -> None:
+    shape = GroupShape(1, 2)
+    memory, fd = SharedMemory.create(communicator_bytes(shape))
+    os.close(fd)
+    context = RankContext(Communicator(memory, shape, 0), Fraction(1), lambda budget: budget)
+    manifest = make_manifest(LAYERS).model_copy(update={"runtime": "tensorrt"})
+    with pytest.raises(ConfigError, match="pipeline stages, which tensorrt does not execute yet"):
+        create_rank_executor(manifest, tmp_path, EngineOptions(), context)
