@@ -165,9 +165,9 @@ def _fill(
             on_stage=stage.describe,
         )
         kv_cache = plan_kv_cache(plan, exported.layers)
-    ranks = write_ranks(exported.ranks, plan, kv_cache, cache, version, stages)
+    ranks, known = write_ranks(exported.ranks, plan, kv_cache, cache, version, stages)
     with stages.stage("hash files"):
-        digests = {name: file_digest(file) for name, file in _files(version).items()}
+        digests = {name: known.get(file) or file_digest(file) for name, file in _files(version).items()}
     with stages.stage("flush to disk"):
         area.flush()
     manifest = _manifest(exported.ranks[0], plan, kv_cache, key, ranks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,8 +231,9 @@ def _output_embedding(hf: Any, sources: Mapping[str, WeightSource]) -> str:
 
 def write_graph(
     exported: ExportedModel, folder: Path, *, on_bytes: Callable[[int, int], None] | None = None
-) -> list[Path]:
-    """Write model.onnx and its weights, which it names relative to itself; returns the files.
+) -> dict[Path, str]:
+    """Write model.onnx and its weights, which it names relative to itself; returns the files with the
+    SHA-256 of each, in hex.
 
     The weights are copied, converted where the checkpoint stores another dtype, so that `folder` needs
     nothing else. `on_bytes` is told how many bytes of weights are written, and of how many.
@@ -244,9 +246,10 @@ def write_graph(
             weights.append(value)
         else:  # torch's own tensors cannot be serialized
             value.const_value = ir.Tensor(value.const_value.numpy(), dtype=value.dtype, name=value.name)
-    write_weights(weights, weights_file, on_bytes)
-    onnx_file.write_bytes(ir.to_proto(exported.model).SerializeToString())
-    return [onnx_file, weights_file]
+    weights_digest = write_weights(weights, weights_file, on_bytes)
+    serialized = ir.to_proto(exported.model).SerializeToString()
+    onnx_file.write_bytes(serialized)
+    return {onnx_file: hashlib.sha256(serialized).hexdigest(), weights_file: weights_digest}
 
 
 def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:

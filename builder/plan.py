@@ -81,8 +81,10 @@ def choose_parallelism(tp: int, pp: int, config: Any) -> Parallelism:
     Raises ConfigError if some would have no attention head or no layer.
     """
     text_config = config.get_text_config(decoder=True)
-    split_heads(text_config.num_attention_heads, 1, tp)
-    split_layers(text_config.num_hidden_layers, pp)
+    if tp > 1:
+        split_heads(text_config.num_attention_heads, 1, tp)
+    if pp > 1:
+        split_layers(text_config.num_hidden_layers, pp)
     return Parallelism(tp, pp)
 
 

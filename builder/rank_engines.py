@@ -55,9 +55,16 @@ def build_rank_engines(
 
 def _num_processes(graphs: Sequence[Path]) -> int:
     largest = max(sum(file.stat().st_size for file in graph.parent.iterdir()) for graph in graphs)
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    fitting = available // (_MEMORY_FACTOR * largest + _OTHER_BYTES)
+    fitting = _available_bytes() // (_MEMORY_FACTOR * largest + _OTHER_BYTES)
     return max(1, min(len(graphs), len(os.sched_getaffinity(0)), fitting))
+
+
+def _available_bytes() -> int:
+    """Memory that can be had, with what the system would give up of its caches (proc(5), meminfo)."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def _build_in_processes(

@@ -25,14 +25,16 @@ def write_ranks(
     cache: EngineCache | None,
     version: Path,
     stages: Stages,
-) -> tuple[Rank, ...]:
-    """Write all that the ranks of `exported` need into folders in `version`.
+) -> tuple[tuple[Rank, ...], dict[Path, str]]:
+    """Write all that the ranks of `exported` need into folders in `version`. Returns the ranks, and the
+    SHA-256 of the large files: they were hashed while they were written.
 
     Raises EngineBuildError for a graph that is not valid or cannot become an engine.
     """
-    graphs = _write_graphs(exported, plan, version, stages)
+    graphs, digests = _write_graphs(exported, plan, version, stages)
     engines = _build_engines(graphs, plan, kv_cache, cache, version, stages)
-    return tuple(
+    digests |= {version / engine.file: engine.sha256 for engine in engines if engine is not None}
+    ranks = tuple(
         Rank(
             onnx=graph.relative_to(version).as_posix(),
             kv_layers=rank.layers,
@@ -41,30 +43,32 @@ def write_ranks(
         )
         for rank, graph, engine in zip(exported, graphs, engines, strict=True)
     )
+    return ranks, digests
 
 
 def _write_graphs(
     exported: Sequence[ExportedModel], plan: BuildPlan, version: Path, stages: Stages
-) -> list[Path]:
+) -> tuple[list[Path], dict[Path, str]]:
     from trtforge.builder.export import ONNX_FILE, write_graph
 
     graphs = [version / f"rank{number}" / ONNX_FILE for number in range(len(exported))]
     total = sum(rank.weight_bytes for rank in exported)
     with stages.stage("write graph and weights") as stage:
         before = 0
+        digests: dict[Path, str] = {}
         for rank, graph in zip(exported, graphs, strict=True):
 
             def on_bytes(done: int, _: int, start: int = before) -> None:
                 stage.on_progress(start + done, total)
 
-            write_graph(rank, graph.parent, on_bytes=on_bytes)
+            digests |= write_graph(rank, graph.parent, on_bytes=on_bytes)
             before += rank.weight_bytes
     with stages.stage("check graph"):
         for number, (rank, graph) in enumerate(zip(exported, graphs, strict=True)):
             pp_rank = number // plan.parallelism.tp
             is_last = pp_rank == plan.parallelism.pp - 1
             verify_graph(graph, len(rank.layers), is_first=pp_rank == 0, is_last=is_last)
-    return graphs
+    return graphs, digests
 
 
 def _build_engines(

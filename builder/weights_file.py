@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import onnx_ir as ir
+from typing_extensions import Buffer
 
 from trtforge.builder.weights import IR_DTYPES
 from trtforge.errors import ExportError
@@ -19,20 +21,22 @@ _ALIGNMENT = 1 << 12  # of the first tensor, so that a memory map of the data st
 
 def write_weights(
     initializers: Sequence[ir.Value], file: Path, on_bytes: Callable[[int, int], None] | None
-) -> None:
-    """Write the data of `initializers` one after the other, and make the file their external data.
+) -> str:
+    """Write the data of `initializers` one after the other, and make the file their external data; returns
+    the SHA-256 of the file, in hex.
 
     `on_bytes(done, total)` is told after each of them.
     """
     tensors = [value.const_value for value in initializers]
     total = sum(tensor.nbytes for tensor in tensors)
     header, start = _header(tensors)
-    with file.open("wb") as stream:
+    with file.open("wb") as opened:
+        stream = _HashedFile(opened)
         stream.write(header)
         offset = start
         for value, tensor in zip(initializers, tensors, strict=True):
             tensor.tofile(stream)
-            if stream.tell() != offset + tensor.nbytes:
+            if opened.tell() != offset + tensor.nbytes:
                 raise ExportError(f"{tensor.name} does not have the {tensor.nbytes} bytes its shape needs")
             value.const_value = ir.ExternalTensor(
                 file.name,
@@ -46,6 +50,25 @@ def write_weights(
             offset += tensor.nbytes
             if on_bytes is not None:
                 on_bytes(offset - start, total)
+    return stream.digest
+
+
+class _HashedFile:
+    """A file that is hashed as it is written. It has no descriptor: all that is written passes through it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hash = hashlib.sha256()
+
+    @property
+    def digest(self) -> str:
+        """Of what was written, in hex."""
+        return self._hash.hexdigest()
+
+    def write(self, data: Buffer) -> int:
+        """Append bytes."""
+        self._hash.update(data)
+        return self._file.write(data)
 
 
 def _header(tensors: Sequence[ir.TensorProtocol]) -> tuple[bytes, int]:

@@ -24,6 +24,7 @@ from trtforge.builder.hooks import Hooks
 from trtforge.builder.meta_model import build_meta_model
 from trtforge.builder.trace import trace
 from trtforge.errors import ExportError
+from trtforge.integrity import file_digest
 from trtforge.plugins.function_bodies import add_function_bodies
 
 TINY = {
@@ -156,8 +157,9 @@ def test_written_files_need_nothing_else(llama: tuple[Path, ExportedModel, Path]
 
 def test_a_graph_can_be_written_twice(llama: tuple[Path, ExportedModel, Path], tmp_path: Path) -> None:
     _, exported, folder = llama
-    for file in write_graph(exported, tmp_path):
+    for file, digest in write_graph(exported, tmp_path).items():
         assert file.read_bytes() == (folder / file.name).read_bytes()
+        assert digest == file_digest(file)
 
 
 def test_half_precision(llama: tuple[Path, ExportedModel, Path], tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trtforge.builder import plan, plugin_graph, rank_engine
 from trtforge.builder.build import BuildResult, build
 from trtforge.builder.engine import EngineTarget, OnProgress
+from trtforge.builder.engine_facts import EngineFacts
 from trtforge.builder.options import BuildOptions
 from trtforge.errors import ConfigError, EngineBuildError
 from trtforge.manifest import Profile
@@ -118,6 +119,9 @@ def built(
         ) -> memoryview:
             parsed.profiles = profiles
             return memoryview(ENGINE)
+
+        def facts(self) -> EngineFacts:
+            return EngineFacts(inputs=(), outputs=(), layers=())
 
     package = SimpleNamespace(
         **vars(tensorrt_rtx) | {"__name__": "tensorrt", "get_plugin_registry": Registry, "DimsExprs": list}

@@ -15,6 +15,7 @@ from trtforge.builder.meta_model import build_meta_model
 from trtforge.builder.weights import IR_DTYPES, CheckpointTensor, locate_weights
 from trtforge.builder.weights_file import write_weights
 from trtforge.errors import ExportError
+from trtforge.integrity import file_digest
 
 TINY = {
     "vocab_size": 64,
@@ -166,7 +167,8 @@ def test_weights_file_is_a_safetensors_file(tmp_path: Path) -> None:
         values.append(value)
     progress: list[tuple[int, int]] = []
     file = tmp_path / "out.safetensors"
-    write_weights(values, file, lambda done, total: progress.append((done, total)))
+    digest = write_weights(values, file, lambda done, total: progress.append((done, total)))
+    assert digest == file_digest(file)
 
     written = load_file(file)
     expected = loaded(tmp_path, "bfloat16")
