@@ -35,16 +35,18 @@ PROMPTS = (
 FindEngines = Callable[..., list[psutil.Process]]
 
 
-@pytest.fixture(scope="module")
-def sharded_repository(demo_model: Path) -> Path:
-    """The demo model in float32 on two ranks; built again only when what it is built from has changed."""
+@pytest.fixture(scope="module", params=[2, 3])
+def sharded_repository(request: pytest.FixtureRequest, demo_model: Path) -> Path:
+    """The demo model in float32 on ranks that share its 9 heads, 3 KV heads; built again only when what it is
+    built from has changed."""
+    output = CACHE / f"repository-float32-tp{request.param}"
     options = BuildOptions(
-        model=str(demo_model), output=CACHE / "repository-float32-tp2", dtype="float32", tp=2, force=True
+        model=str(demo_model), output=output, dtype="float32", tp=request.param, force=True
     )
     return build(options).folder.parent
 
 
-def test_two_ranks_give_the_tokens_of_one(
+def test_ranks_give_the_tokens_of_one(
     triton_server: Callable[[Path], TritonServer], sharded_repository: Path, demo_repository: Path
 ) -> None:
     answers = []
