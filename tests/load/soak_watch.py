@@ -120,13 +120,14 @@ def read_gauges(server: TritonServer) -> dict[str, float]:
 
 
 def gauges_when_idle(server: TritonServer) -> dict[str, float]:
-    """The gauges once nothing runs or waits, or after IDLE_TIMEOUT_S."""
+    """The gauges once nothing runs or waits, and an engine that was killed has its blocks again, or after
+    IDLE_TIMEOUT_S."""
     deadline_s = time.monotonic() + IDLE_TIMEOUT_S
     while True:
         time.sleep(0.2)  # gauges are set every 50 ms
         gauges = read_gauges(server)
         busy = gauges["num_requests_running"] + gauges["num_requests_waiting"]
-        if not busy or time.monotonic() > deadline_s:
+        if (not busy and gauges["kv_cache_free_blocks"]) or time.monotonic() > deadline_s:
             return gauges
 
 

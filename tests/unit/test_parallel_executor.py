@@ -77,10 +77,13 @@ def make(model_dirs: dict[tuple[int, int], Path], monkeypatch: pytest.MonkeyPatc
 
 
 def rank_processes(parent: int | None = None) -> list[int]:
+    """Not those of servers that other tests have left running, which have sessions of their own."""
     return [
         process.pid
         for process in psutil.Process(parent).children(recursive=True)
-        if process.status() != psutil.STATUS_ZOMBIE and "--control=" in " ".join(process.cmdline())
+        if process.status() != psutil.STATUS_ZOMBIE
+        and "--control=" in " ".join(process.cmdline())
+        and os.getsid(process.pid) == os.getsid(0)
     ]
 
 
