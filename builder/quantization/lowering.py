@@ -34,7 +34,7 @@ from trtforge.builder.quantization.signed import (
     use_signed_weight,
 )
 from trtforge.builder.quantization.slices import take
-from trtforge.builder.quantization.units import rank_group_size
+from trtforge.builder.quantization.units import FP8_COLUMNS, rank_group_size
 from trtforge.builder.quantization.weights import QuantizedLinear, QuantizedWeight
 from trtforge.builder.weights import WeightSource, make_tensor
 from trtforge.errors import ConfigError
@@ -54,7 +54,6 @@ _TORCH_DTYPES = {
     ir.DataType.FLOAT16: torch.float16,
 }
 _NOT_QUANTIZED = "not quantized in the checkpoint"
-_FP8_COLUMNS = 16  # Fp8Gemm's in_features are a multiple of this
 # What a router's scores may pass on their way to the choice of experts.
 _SCORE_OPERATORS = {"Cast", "Softmax", "Sigmoid", "Add", "Reshape", "Squeeze", "Flatten"}
 
@@ -226,7 +225,7 @@ def _why_not_lowered(linear: QuantizedLinear, lowering: Lowering) -> str | None:
         return "there is no operator for int8 weights"
     if linear.has_float_zeros:
         return "Int4Gemm has no zero points that are no whole numbers"
-    step = CHUNK if linear.format == "int4" else _FP8_COLUMNS
+    step = CHUNK if linear.format == "int4" else FP8_COLUMNS
     if in_features % step:
         return f"{in_features} input features are no multiple of {step}"
     return None

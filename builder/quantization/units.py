@@ -13,7 +13,7 @@ from trtforge.errors import ConfigError
 from trtforge.plugins.fp8_gemm.op import SCALE_BLOCK
 from trtforge.plugins.int4_gemm.op import CHUNK, GROUP_SIZES
 
-_FP8_COLUMNS = 16  # Fp8Gemm's in_features are a multiple of this
+FP8_COLUMNS = 16  # Fp8Gemm's in_features are a multiple of this
 
 
 def feature_multiples(
@@ -29,11 +29,11 @@ def feature_multiples(
     if isinstance(linear, QuantizedLinear):
         if linear.format == "int4" or linear.group_size is not None:
             return (CHUNK if linear.group_size in (None, in_features) else int(linear.group_size or CHUNK),)
-        return (SCALE_BLOCK if linear.scales == "block" else _FP8_COLUMNS,)
+        return (SCALE_BLOCK if linear.scales == "block" else FP8_COLUMNS,)
     if quantization is None or find_exclusion(source.name, quantization.exclude) is not None:
         return ()
     if quantization.format != "int4":
-        return (_FP8_COLUMNS,) if in_features % _FP8_COLUMNS == 0 else ()
+        return (FP8_COLUMNS,) if in_features % FP8_COLUMNS == 0 else ()
     largest = choose_group_size(in_features, quantization.group_size)
     return tuple(size for size in sorted(GROUP_SIZES, reverse=True) if size <= (largest or 0))
 
