@@ -8,7 +8,9 @@ FROM nvcr.io/nvidia/tritonserver:${TRITON_TAG}
 # Triton's python backend runs the image's own Python, so the package goes there and not into a venv.
 ENV PIP_BREAK_SYSTEM_PACKAGES=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 COPY . /opt/trtforge
-RUN pip install /opt/trtforge
+# Such as ray, for ranks on several machines.
+ARG EXTRAS=
+RUN pip install "/opt/trtforge[${EXTRAS}]"
 
 # triton-server, the unprivileged user of the stock image.
 USER 1000:1000

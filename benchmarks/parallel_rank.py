@@ -16,7 +16,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from trtforge.runtime.parallel.communicator import Communicator, GroupShape
+from trtforge.runtime.parallel.communicator import GroupShape
+from trtforge.runtime.parallel.memory_communicator import MemoryCommunicator
 from trtforge.runtime.parallel.shared_memory import SharedMemory
 
 SIZES_BYTES = (2304, 16384, 262_144, 1 << 20, 1 << 22)
@@ -43,7 +44,7 @@ def main() -> None:
 
 
 def _ours(meeting: str, rank: int, num_ranks: int) -> Callable[[np.ndarray], None]:
-    communicator = Communicator(SharedMemory(int(meeting)), GroupShape(num_ranks, 1), rank)
+    communicator = MemoryCommunicator(SharedMemory(int(meeting)), GroupShape(num_ranks, 1), rank)
     communicator.barrier()
     return lambda values: communicator.all_reduce(values, values)
 

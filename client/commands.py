@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -52,6 +52,14 @@ def serve(
     max_restarts: Annotated[
         int, typer.Option(min=0, help="How often in a row a server that failed is started again.")
     ] = 5,
+    executor: Annotated[
+        Literal["local", "ray"] | None,
+        typer.Option(
+            help="Where models on several ranks have them: local, on this machine, or ray, on the Ray "
+            "cluster that it has joined. Without it, as config.pbtxt says: local.",
+            show_default=False,
+        ),
+    ] = None,
     hang_timeout: Annotated[
         float,
         typer.Option(
@@ -71,6 +79,7 @@ def serve(
         raise ConfigError("--log-file and --verbose exclude each other: the server has one log")
     from trtforge.client.supervisor import RestartPolicy, Supervisor
     from trtforge.client.triton_server import Ports, TritonServer
+    from trtforge.engine_options import EXECUTOR_VARIABLE
 
     server = TritonServer(
         repository,
@@ -80,6 +89,7 @@ def serve(
         log_to_stderr=verbose,
         start_timeout_s=start_timeout,
         exit_timeout_s=exit_timeout,
+        environment={EXECUTOR_VARIABLE: executor} if executor else {},
     )
     supervisor = Supervisor(server, RestartPolicy(max_restarts, hang_timeout), _report)
     _stop_on_signals(server)

@@ -13,10 +13,11 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import BinaryIO
 
 from trtforge.client import process_guard
@@ -72,6 +73,7 @@ class TritonServer:
         log_to_stderr: bool = False,
         start_timeout_s: float = 120.0,
         exit_timeout_s: float = 30.0,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.repository = Path(repository)
         self.models = find_models(self.repository)
@@ -80,6 +82,7 @@ class TritonServer:
         self._log_to_stderr = log_to_stderr
         self._start_timeout_s = start_timeout_s
         self._exit_timeout_s = exit_timeout_s
+        self._environment = environment
         self.ports = ports
         self._was_started = False
         self._guard: subprocess.Popen[bytes] | None = None
@@ -157,7 +160,7 @@ class TritonServer:
         # Names this server's regions, so that exactly they can be removed.
         shm_prefix = f"trtforge_{uuid.uuid4().hex[:12]}_"
         command = [str(binary.path), *self._options(shm_prefix)]
-        environment = None
+        environment = dict(os.environ)
         if binary.wheel_folder is not None:
             backends = self._work_folder / "backends"
             link_python_backend(binary.wheel_folder, backends)
@@ -174,7 +177,7 @@ class TritonServer:
                 bufsize=0,
                 stdout=log,
                 stderr=log,
-                env=environment,
+                env={**environment, **self._environment},
                 # Ctrl-C in the terminal is for this process alone, which then stops the server.
                 start_new_session=True,
             )

@@ -93,8 +93,7 @@ def _create_reference_executor(
     )
 
     communicator = context.communicator if context else None
-    place = (communicator.rank, communicator.shape.num_ranks) if communicator else (0, 1)
-    device = default_device(*place)
+    device = default_device(context.device if context else 0)
     launcher = None
     if device.type == "cuda" and (model_dir / KERNELS_FOLDER).is_dir():
         from trtforge.plugins.bundle import Bundle

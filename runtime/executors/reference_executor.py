@@ -32,18 +32,20 @@ from trtforge.runtime.scheduling.block_moves import BlockMoves, Move
 logger = logging.getLogger(__name__)
 
 
-def default_device(rank: int = 0, num_ranks: int = 1) -> torch.device:
-    """The GPU of a rank, if there are GPUs; it is the current one then.
+def default_device(index: int = 0) -> torch.device:
+    """The GPU with that number, if there are GPUs; it is the current one then.
 
-    Raises ConfigError if there are fewer than ranks.
+    Raises ConfigError if there are not as many.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     num_devices = torch.cuda.device_count()
-    if num_devices < num_ranks:
-        raise ConfigError(f"the model has {num_ranks} ranks, and this machine {num_devices} GPUs for them")
-    torch.cuda.set_device(rank)
-    return torch.device("cuda", rank)
+    if num_devices <= index:
+        raise ConfigError(
+            f"the model's ranks need GPU {index}, counted from 0, and this machine has {num_devices}"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def available_device_bytes(device: torch.device) -> int:

@@ -62,7 +62,7 @@ class TensorRTExecutor:
     ) -> None:
         """Load the engine in `model_dir`, give the cache its memory and capture decode steps. `kernels` is
         the folder with the kernels of TensorRT's plugins. Of a model on several ranks, `manifest` is this
-        one's alone, `context` leads to the others, and CUDA's device is the one of the rank's number.
+        one's alone, and `context` leads to the others.
 
         Raises ConfigError if the package, a driver, a GPU that the engine was built for or a fitting file is
         missing, CapacityError if there is no memory, and DeviceError for what TensorRT or the GPU refuse.
@@ -75,7 +75,7 @@ class TensorRTExecutor:
         package = PACKAGES[manifest.runtime]
         version = load_package(package).__version__
         try:
-            gpu = Device(0 if context is None else context.communicator.rank)
+            gpu = Device(0 if context is None else context.device)
         except PluginError as error:
             raise ConfigError(f"{model_dir} needs an NVIDIA GPU: {error}") from error
         capability = f"{gpu.compute_capability // 10}.{gpu.compute_capability % 10}"

@@ -12,7 +12,6 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from trtforge.runtime.parallel.communicator import Array, Communicator
 
-_LOCALHOST = "127.0.0.1"
 _NO_LIMIT_S = 10**6  # a timeout there has to be
 
 
@@ -65,7 +64,7 @@ def _array(x: Tensor) -> Array:
 
 
 class DeviceLinks:
-    """For tensors on the GPUs of one machine, one for each rank."""
+    """For tensors on GPUs, one for each rank."""
 
     def __init__(
         self, communicator: Communicator, device: torch.device, *, timeout_s: float, backend: str = "nccl"
@@ -76,11 +75,11 @@ class DeviceLinks:
         # The first rank takes a port that is free, and tells it to the others.
         store = None
         if rank == 0:
-            store = TCPStore(_LOCALHOST, 0, shape.num_ranks, True, timeout, False)
+            store = TCPStore(communicator.host, 0, shape.num_ranks, True, timeout, False)
         port = 0 if store is None else store.port
         port = int.from_bytes(communicator.tell(port.to_bytes(2, "big")), "big")
         if store is None:
-            store = TCPStore(_LOCALHOST, port, shape.num_ranks, False, timeout)
+            store = TCPStore(communicator.host, port, shape.num_ranks, False, timeout)
         distributed.init_process_group(
             backend, store=store, rank=rank, world_size=shape.num_ranks, timeout=timeout
         )

@@ -1,23 +1,15 @@
-"""Sums over ranks, and what one pipeline stage hands to the next, through memory of one machine."""
+"""What a rank has of the other ones: sums over those of its stage, and hidden states from stage to stage."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from trtforge.errors import ServerError
-from trtforge.runtime.parallel.shared_memory import SharedMemory
-from trtforge.runtime.parallel.signals import Counter, Signals, signals_bytes
-
 Array = npt.NDArray[Any]
-
-REDUCE_CHUNK_BYTES = 1 << 20
-MAIL_CHUNK_BYTES = 1 << 24
-_NUM_SLOTS = 2  # of each kind: one is written while another one may still be read
-_HEADER_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,71 +42,63 @@ class GroupShape:
         return range(first, first + self.tp_size)
 
 
-def communicator_bytes(shape: GroupShape) -> int:
-    """Memory that a group's communicators need; most of it is touched by large steps only."""
-    return signals_bytes(shape.num_ranks) + shape.num_ranks * _bytes_of_rank()
-
-
-def _bytes_of_rank() -> int:
-    return _NUM_SLOTS * (REDUCE_CHUNK_BYTES + _HEADER_BYTES + MAIL_CHUNK_BYTES)
-
-
-class Communicator:
+class Communicator(ABC):
     """One rank's part in a group. All ranks have to call the same methods in the same order.
-
-    Each rank writes what it has where its peers see it, and each adds all of it up in the order of ranks, so
-    that all have the same bits. A slot is written again two chunks later: who is that far has seen that its
-    peers were one chunk further, with the earlier one behind them.
 
     Methods that wait raise PeerFailedError and PeerTimeoutError of `trtforge.runtime.parallel.signals`.
     """
 
-    def __init__(self, memory: SharedMemory, shape: GroupShape, rank: int, *, timeout_s: float = 0.0) -> None:
-        """`memory` has communicator_bytes at its beginning; waits last `timeout_s` at most, 0: for ever."""
-        self._memory = memory
-        self._shape = shape
-        self._rank = rank
-        self._peers = shape.peers(rank)
-        self._signals = Signals(memory, shape.num_ranks, rank, timeout_s)
-        self._num_reduced = self._num_sent = self._num_taken = self._num_arrived = 0
-        self._slots: dict[np.dtype[Any], list[list[Array]]] = {}
-
-    @property
-    def rank(self) -> int:
-        """Its number in the group."""
-        return self._rank
-
-    @property
-    def shape(self) -> GroupShape:
-        """The group's."""
-        return self._shape
+    def __init__(self, shape: GroupShape, rank: int) -> None:
+        self.shape = shape
+        self.rank = rank  # its number in the group
 
     @property
     def is_first(self) -> bool:
         """Whether it is of the first stage, which takes tokens; others take hidden states."""
-        return self._shape.is_first(self._rank)
+        return self.shape.is_first(self.rank)
 
     @property
     def is_last(self) -> bool:
         """Whether it is of the last stage, which computes logits."""
-        return self._shape.is_last(self._rank)
+        return self.shape.is_last(self.rank)
 
-    def fail(self) -> None:
-        """End the waits of all ranks with an error."""
-        self._signals.fail()
+    @property
+    @abstractmethod
+    def host(self) -> str:
+        """The address at which all ranks reach the first one."""
 
+    @abstractmethod
+    def all_reduce(self, source: Array, target: Array) -> None:
+        """Write the sum of `source` over the ranks of this stage to `target`, which may be the same array.
+
+        Both are C-contiguous, of one shape and one type of float32, float16 or bfloat16; sums are of float32,
+        and have the same bits in all ranks.
+        """
+
+    @abstractmethod
+    def send(self, array: Array) -> None:
+        """Hand a C-contiguous array to the same rank of the next stage; waits for one that is far behind."""
+
+    @abstractmethod
+    def receive(self, array: Array) -> None:
+        """Fill a C-contiguous array with what the same rank of the stage before has sent.
+
+        Raises ServerError if that is of another size.
+        """
+
+    @abstractmethod
     def barrier(self) -> None:
         """Return when all ranks of the group have come here."""
-        self._num_arrived += 1
-        self._signals.raise_to(Counter.ARRIVED, self._num_arrived)
-        for rank in range(self._shape.num_ranks):
-            self._signals.wait_for(rank, Counter.ARRIVED, self._num_arrived)
+
+    @abstractmethod
+    def fail(self) -> None:
+        """Tell all ranks, as far as there is a way, that this one is of no use any more."""
 
     def tell_stage(self, data: bytes) -> bytes:
         """The `data` of a stage's first rank, in all its ranks; what the others give is of the same length,
         and not looked at."""
         values = np.frombuffer(data, np.uint8).astype(np.float32)
-        if self._rank != self._peers.start:
+        if self.rank != self.shape.peers(self.rank).start:
             values[:] = 0
         self.all_reduce(values, values)  # exact: all others have zeros
         return values.astype(np.uint8).tobytes()
@@ -130,95 +114,9 @@ class Communicator:
             self.send(np.frombuffer(told, np.uint8))
         return told
 
-    # ------------------------------------------------------------------ within a stage
 
-    def all_reduce(self, source: Array, target: Array) -> None:
-        """Write the sum of `source` over the ranks of this stage to `target`, which may be the same array.
-
-        Both are C-contiguous, of one shape and one type of float32, float16 or bfloat16; sums are of float32.
-        """
-        given, wanted = _flat(source), _flat(target)
-        step = REDUCE_CHUNK_BYTES // given.dtype.itemsize
-        for begin in range(0, len(given), step):
-            self._reduce_chunk(given[begin : begin + step], wanted[begin : begin + step])
-
-    def _reduce_chunk(self, source: Array, target: Array) -> None:
-        self._num_reduced = number = self._num_reduced + 1
-        slots = self._slots_of(source.dtype)[number % _NUM_SLOTS]
-        size = len(source)
-        slots[self._rank - self._peers.start][:size] = source
-        self._signals.raise_to(Counter.REDUCED, number)
-        for peer in self._peers:
-            self._signals.wait_for(peer, Counter.REDUCED, number)
-        total = slots[0][:size].astype(np.float32, copy=False)
-        room = target if source.dtype == np.float32 else np.empty(size, np.float32)
-        for slot in slots[1:]:
-            total = np.add(total, slot[:size].astype(np.float32, copy=False), out=room)
-        if total is not target:
-            target[:] = total
-
-    def _slots_of(self, dtype: np.dtype[Any]) -> list[list[Array]]:
-        """For each of the slots, the arrays of all peers."""
-        if dtype not in self._slots:
-            length = REDUCE_CHUNK_BYTES // dtype.itemsize
-            self._slots[dtype] = [
-                [
-                    self._memory.array(self._offset(peer) + slot * REDUCE_CHUNK_BYTES, (length,), dtype)
-                    for peer in self._peers
-                ]
-                for slot in range(_NUM_SLOTS)
-            ]
-        return self._slots[dtype]
-
-    # ------------------------------------------------------------------ between stages
-
-    def send(self, array: Array) -> None:
-        """Hand a C-contiguous array to the same rank of the next stage; waits for one that is far behind."""
-        receiver = self._rank + self._shape.tp_size
-        data = _flat(array).view(np.uint8)
-        for chunk in _chunks(data):
-            self._num_sent = number = self._num_sent + 1
-            self._signals.wait_for(receiver, Counter.TAKEN, number - _NUM_SLOTS)
-            header, room = self._mail(self._rank, number)
-            header[0] = len(chunk)
-            room[: len(chunk)] = chunk
-            self._signals.raise_to(Counter.SENT, number)
-
-    def receive(self, array: Array) -> None:
-        """Fill a C-contiguous array with what the same rank of the stage before has sent.
-
-        Raises ServerError if that is of another size.
-        """
-        sender = self._rank - self._shape.tp_size
-        data = _flat(array).view(np.uint8)
-        for chunk in _chunks(data):
-            self._num_taken = number = self._num_taken + 1
-            self._signals.wait_for(sender, Counter.SENT, number)
-            header, room = self._mail(sender, number)
-            if header[0] != len(chunk):
-                raise ServerError(
-                    f"rank {sender} has sent {header[0]} bytes and rank {self._rank} waits for {len(chunk)}: "
-                    "their graphs are not of one build"
-                )
-            chunk[:] = room[: len(chunk)]
-            self._signals.raise_to(Counter.TAKEN, number)
-
-    def _mail(self, sender: int, number: int) -> tuple[Array, Array]:
-        slot_bytes = _HEADER_BYTES + MAIL_CHUNK_BYTES
-        offset = self._offset(sender) + _NUM_SLOTS * REDUCE_CHUNK_BYTES + number % _NUM_SLOTS * slot_bytes
-        header = self._memory.array(offset, (1,), np.int64)
-        return header, self._memory.array(offset + _HEADER_BYTES, (MAIL_CHUNK_BYTES,), np.uint8)
-
-    def _offset(self, rank: int) -> int:
-        return signals_bytes(self._shape.num_ranks) + rank * _bytes_of_rank()
-
-
-def _flat(array: Array) -> Array:
+def flat(array: Array) -> Array:
     """The same memory with one dim. Raises ValueError if there is a gap in it."""
     if not array.flags.c_contiguous:
         raise ValueError(f"an array of shape {array.shape} and strides {array.strides} is not C-contiguous")
     return array.reshape(-1)
-
-
-def _chunks(data: Array) -> list[Array]:
-    return [data[begin : begin + MAIL_CHUNK_BYTES] for begin in range(0, len(data), MAIL_CHUNK_BYTES)]

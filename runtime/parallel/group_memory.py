@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from trtforge.manifest import Manifest
-from trtforge.runtime.parallel.communicator import Communicator, GroupShape, communicator_bytes
+from trtforge.runtime.parallel.communicator import GroupShape
+from trtforge.runtime.parallel.memory_communicator import MemoryCommunicator, communicator_bytes
 from trtforge.runtime.parallel.shared_memory import SharedMemory, aligned
 from trtforge.runtime.parallel.signals import Signals
 from trtforge.runtime.parallel.step_memory import StepMemory, StepSizes
@@ -31,6 +32,6 @@ class GroupMemory:
         memory, fd = SharedMemory.create(aligned(communicator_bytes(shape)) + step_bytes)
         return cls(memory, manifest), fd
 
-    def communicator(self, rank: int, timeout_s: float) -> Communicator:
+    def communicator(self, rank: int, timeout_s: float) -> MemoryCommunicator:
         """The part of a rank, whose waits last `timeout_s` at most; 0: for ever."""
-        return Communicator(self._memory, self.shape, rank, timeout_s=timeout_s)
+        return MemoryCommunicator(self._memory, self.shape, rank, timeout_s=timeout_s)

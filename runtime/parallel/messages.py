@@ -14,12 +14,25 @@ from trtforge.runtime.scheduling.block_moves import Move
 FailureKind = Literal["config", "capacity", "server"]
 
 
+class Meet(msgspec.Struct, frozen=True, tag="meet"):
+    """To ranks that share no memory, before Load: the first one opens a port where all of them meet."""
+
+
+class Met(msgspec.Struct, frozen=True, tag="met"):
+    """The port; 0 from all others."""
+
+    port: int
+
+
 class Load(msgspec.Struct, frozen=True, tag="load"):
     """Load the rank's part of the model."""
 
     model_dir: str
     manifest: str  # JSON, as the next one
     options: str
+    nodes: list[int]  # the machine that each rank is on
+    devices: list[int]  # which of the GPUs that it sees each rank has
+    meeting: tuple[str, int] | None  # host and port; None: the ranks share memory
 
 
 class Planned(msgspec.Struct, frozen=True, tag="planned"):
@@ -41,9 +54,10 @@ class Loaded(msgspec.Struct, frozen=True, tag="loaded"):
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):
-    """Execute what is in the step memory."""
+    """Execute a step, whose arrays are in memory, or follow where ranks share none: see `step_exchange`."""
 
     sizes: StepSizes
+    arrays: bytes = b""
 
 
 class Moves(msgspec.Struct, frozen=True, tag="moves"):
@@ -55,7 +69,9 @@ class Moves(msgspec.Struct, frozen=True, tag="moves"):
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """The answer to Step and Moves."""
+    """The answer to Step and Moves, with the rank's logits where they are not in memory."""
+
+    logits: bytes = b""
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -69,8 +85,8 @@ class Close(msgspec.Struct, frozen=True, tag="close"):
     """Release the model and end."""
 
 
-ToRank = Load | Agreed | Step | Moves | Close
-FromRank = Planned | Loaded | Done | Failed
+ToRank = Meet | Load | Agreed | Step | Moves | Close
+FromRank = Met | Planned | Loaded | Done | Failed
 
 
 def driver_end(connection: Connection) -> Channel[ToRank, FromRank]:

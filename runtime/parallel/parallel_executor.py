@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +11,9 @@ from trtforge.errors import DeviceError, ServerError, TrtforgeError
 from trtforge.manifest import Manifest
 from trtforge.runtime.executor import KVCacheSpec, ModelInputs, ModelOutputs
 from trtforge.runtime.executors.step_checks import check_step
-from trtforge.runtime.parallel.group_memory import GroupMemory
-from trtforge.runtime.parallel.messages import Agreed, FromRank, Load, Moves, Planned, Step
+from trtforge.runtime.parallel.messages import Agreed, FromRank, Load, Meet, Met, Moves, Planned
+from trtforge.runtime.parallel.placement import Placement, place_here
 from trtforge.runtime.parallel.rank_group import RankGroup
-from trtforge.runtime.parallel.rank_view import share_threads
 from trtforge.runtime.scheduling.block_moves import BlockMoves
 
 logger = logging.getLogger(__name__)
@@ -46,15 +44,18 @@ class ParallelExecutor:
         """
         self._vocab_size = manifest.model.vocab_size
         self._limit_s = _LIMIT_FRACTION * options.step_timeout_s
-        memory, fd = GroupMemory.create(manifest)
-        self._steps = memory.steps
-        try:
-            self._ranks = RankGroup(memory.shape.num_ranks, fd, memory.signals)
-        finally:
-            os.close(fd)
+        placement = _place(manifest, options)
+        self._steps = placement.steps
+        self._ranks = RankGroup(placement.handles, placement.signals)
         self._is_closed = False
-        options = share_threads(options, memory.shape.num_ranks)
-        load = Load(str(model_dir), manifest.model_dump_json(), options.model_dump_json())
+        load = Load(
+            str(model_dir),
+            manifest.model_dump_json(),
+            options.model_dump_json(),
+            list(placement.nodes),
+            list(placement.devices),
+            None if placement.signals else _meeting(placement.host, self._ranks.ask(Meet())),
+        )
         planned = self._ranks.ask(load)
         agreed = _agree(planned)
         self._ranks.ask(agreed)
@@ -92,9 +93,9 @@ class ParallelExecutor:
         """
         self._check_open()
         check_step(inputs, self._spec, self._vocab_size)
-        sizes = self._steps.write(inputs)
-        self._ranks.ask(Step(sizes), self._limit_s)
-        return ModelOutputs(logits=self._steps.logits(sizes.R))
+        step = self._steps.write(inputs)
+        answers = self._ranks.ask(step, self._limit_s)
+        return ModelOutputs(logits=self._steps.logits(step, answers))
 
     def close(self) -> None:
         """End the ranks."""
@@ -104,6 +105,22 @@ class ParallelExecutor:
     def _check_open(self) -> None:
         if self._is_closed:
             raise ServerError("the executor is closed")
+
+
+def _place(manifest: Manifest, options: EngineOptions) -> Placement:
+    if options.executor == "local":
+        return place_here(manifest)
+    from trtforge.runtime.parallel.ray_placement import place_with_ray
+
+    return place_with_ray(manifest)
+
+
+def _meeting(host: str, answers: list[FromRank]) -> tuple[str, int]:
+    """The host and the port that the first rank has opened."""
+    first = answers[0]
+    if not isinstance(first, Met):
+        raise DeviceError(f"rank 0 said {type(first).__name__}, not where ranks meet")
+    return host, first.port
 
 
 def _agree(planned: list[FromRank]) -> Agreed:

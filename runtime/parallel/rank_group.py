@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import select
 import selectors
-import subprocess
 import threading
 import time
 import weakref
@@ -19,6 +18,7 @@ from trtforge.runtime.parallel.signals import Signals
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 3.0
+_KILL_TIMEOUT_S = 10.0  # a process that is in a driver's hands can last
 
 _ERRORS: dict[FailureKind, type[TrtforgeError]] = {
     "config": ConfigError,
@@ -34,23 +34,21 @@ class RankGroup:
     can neither go on nor always be asked to stop.
     """
 
-    def __init__(self, num_ranks: int, memory_fd: int, signals: Signals) -> None:
-        """Start the processes, which map the memory behind `memory_fd`."""
+    def __init__(self, handles: Sequence[RankHandle], signals: Signals | None) -> None:
+        """Take over the processes, whose `signals` are those of their memory, if they share one."""
         self._signals = signals
         self._failure = ""
-        self._handles: list[RankHandle] = []
+        self._handles = handles
         self._selector = selectors.DefaultSelector()
         # Also if nobody closes the group; its processes would go on until this one ends.
-        self._kill = weakref.finalize(self, _kill_all, self._handles)
-        for rank in range(num_ranks):
-            handle = RankHandle(rank, memory_fd)
-            self._handles.append(handle)
+        self._kill = weakref.finalize(self, _kill_all, handles)
+        for handle in handles:
             self._selector.register(handle.connection, selectors.EVENT_READ, handle)
 
     @property
     def pids(self) -> list[int]:
         """Process ids, by rank."""
-        return [handle.process.pid for handle in self._handles]
+        return [handle.pid for handle in self._handles]
 
     def ask(self, message: ToRank, limit_s: float = 0.0) -> list[FromRank]:
         """Tell all ranks something; returns their answers once all are there, by rank.
@@ -105,16 +103,14 @@ class RankGroup:
             handle.send(Close())
         deadline_s = time.monotonic() + CLOSE_TIMEOUT_S
         for handle in self._handles:
-            try:
-                handle.process.wait(max(0.0, deadline_s - time.monotonic()))
-            except subprocess.TimeoutExpired:
+            if not handle.wait(max(0.0, deadline_s - time.monotonic())):
                 logger.warning("rank %d does not stop and is killed", handle.rank)
         self._selector.close()
         self._kill()
 
     def _lateness(self, late: Collection[int], limit_s: float) -> str:
         # Others wait for those; all of them are late where nobody is to blame.
-        ranks = self._signals.culprits(late) or late
+        ranks = (self._signals.culprits(late) if self._signals else late) or late
         names = ", ".join(map(str, ranks))
         return f"rank {names} did not finish a step within {limit_s:g} s"
 
@@ -129,7 +125,8 @@ class RankGroup:
     def _end(self, failure: str, kind: FailureKind = "server") -> TrtforgeError:
         """Kill all; returns the error to raise."""
         self._failure = failure
-        self._signals.fail()
+        if self._signals:
+            self._signals.fail()
         self._selector.close()
         self._kill()
         logger.error("%s; all ranks are killed", failure)
@@ -138,7 +135,8 @@ class RankGroup:
 
 def _kill_all(handles: Sequence[RankHandle]) -> None:
     for handle in handles:
-        handle.process.kill()
+        handle.kill()
     for handle in handles:
-        handle.process.wait()
+        if not handle.wait(_KILL_TIMEOUT_S):
+            logger.error("rank %d, process %d, was killed and has not ended", handle.rank, handle.pid)
         handle.connection.close()

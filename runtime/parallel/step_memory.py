@@ -39,6 +39,11 @@ class StepSizes(msgspec.Struct, frozen=True):
         num_seqs, max_blocks = inputs.block_tables.shape
         return cls(len(inputs.input_ids), num_seqs, max_blocks, len(inputs.logits_indices))
 
+    def check(self, largest: StepSizes) -> None:
+        """Raises ValueError for a step that is larger than any should be."""
+        if any(size > most for size, most in zip(_numbers(self), _numbers(largest), strict=True)):
+            raise ValueError(f"the step is larger than the model's limits allow: {self}, not {largest}")
+
     def shape(self, tensor: wire.GraphTensor) -> tuple[int, ...]:
         """The shape of one of the arrays."""
         sizes = {"T": self.T, "B": self.B, "B_plus_1": self.B + 1, "max_blocks": self.max_blocks, "R": self.R}
@@ -70,10 +75,7 @@ class StepMemory:
     def write(self, inputs: ModelInputs) -> StepSizes:
         """Put a step there. Raises ValueError, and writes nothing, if it is larger than any should be."""
         sizes = StepSizes.of(inputs)
-        if any(size > most for size, most in zip(_numbers(sizes), _numbers(self._largest), strict=True)):
-            raise ValueError(
-                f"the step is larger than the model's limits allow: {sizes}, not {self._largest}"
-            )
+        sizes.check(self._largest)
         for tensor in wire.GRAPH_INPUTS:
             self._input(tensor, sizes)[...] = getattr(inputs, tensor.name)
         return sizes

@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -247,4 +248,5 @@ def _message(failure: Exception | GenerationOutput) -> str:
 
 def _options(model_config: dict[str, Any]) -> EngineOptions:
     parameters = model_config.get("parameters", {})
-    return EngineOptions.from_parameters({name: value["string_value"] for name, value in parameters.items()})
+    values = {name: value["string_value"] for name, value in parameters.items()}
+    return EngineOptions.from_parameters(values, os.environ)

@@ -14,6 +14,10 @@ from trtforge.errors import ConfigError
 
 SchedulerPolicy = Literal["max_utilization", "guaranteed_no_evict"]
 PreemptionMode = Literal["recompute", "swap"]
+ExecutorKind = Literal["local", "ray"]
+
+# What this says of `executor` goes before config.pbtxt: one repository may be served here and on a cluster.
+EXECUTOR_VARIABLE = "TRTFORGE_EXECUTOR"
 
 
 class EngineOptions(BaseModel):
@@ -22,6 +26,8 @@ class EngineOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     threads: int = Field(default=0, ge=0)  # of a CPU engine; 0: its own choice
+    # Who places a model's ranks, if it has several: this machine, or the Ray cluster that it belongs to.
+    executor: ExecutorKind = "local"
     # The cache has as many blocks as the build planned, or as these allow if one of them is given.
     kv_cache_bytes: int = Field(default=0, ge=0)  # a hard cap; 0: none
     kv_cache_fraction: float = Field(default=0.0, ge=0, lt=1)  # of the memory that is free; 0: not looked at
@@ -38,15 +44,24 @@ class EngineOptions(BaseModel):
     step_timeout_s: float = Field(default=300.0, ge=0)  # a step that takes longer ends the engine; 0: none
 
     @classmethod
-    def from_parameters(cls, parameters: Mapping[str, str]) -> EngineOptions:
-        """Read the parameters of config.pbtxt. Raises ConfigError, naming the parameter."""
+    def from_parameters(
+        cls, parameters: Mapping[str, str], environment: Mapping[str, str] | None = None
+    ) -> EngineOptions:
+        """Read the parameters of config.pbtxt, and EXECUTOR_VARIABLE of the `environment`.
+
+        Raises ConfigError, naming the parameter.
+        """
+        executor = (environment or {}).get(EXECUTOR_VARIABLE)
         try:
-            return cls.model_validate_strings(dict(parameters))
+            return cls.model_validate_strings({**parameters, **({"executor": executor} if executor else {})})
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
+            source = "config.pbtxt"
+            if executor and name == "executor":
+                source = f"the variable {EXECUTOR_VARIABLE}"
             raise ConfigError(
-                f"the parameter {name} in config.pbtxt is {first['input']!r}: {first['msg']}"
+                f"the parameter {name} in {source} is {first['input']!r}: {first['msg']}"
             ) from None
 
     def as_parameters(self) -> dict[str, str]:

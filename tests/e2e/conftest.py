@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 from google.protobuf import text_format
 
+from trtforge.builder.build import build
+from trtforge.builder.options import BuildOptions
 from trtforge.builder.repository import triton_config
 from trtforge.client.triton_server import Ports, TritonServer
 
+CACHE = Path(__file__).parents[2] / ".cache"
 ANY_FREE_PORTS = Ports(http=0, grpc=0, metrics=0)
 
 
@@ -29,6 +32,19 @@ def triton_server() -> Iterator[Callable[[Path], TritonServer]]:
             return servers[repository]
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def make_sharded_repository(demo_model: Path) -> Callable[[int], Path]:
+    """`make_sharded_repository(tp)`: the demo model in float32 on ranks that share its 9 heads, 3 KV heads;
+    built again only when what it is built from has changed."""
+
+    def make(tp: int) -> Path:
+        output = CACHE / f"repository-float32-tp{tp}"
+        options = BuildOptions(model=str(demo_model), output=output, dtype="float32", tp=tp, force=True)
+        return build(options).folder.parent
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from trtforge.builder.build import build
-from trtforge.builder.options import BuildOptions
 from trtforge.client.streaming import Client, SamplingOptions
 from trtforge.client.triton_server import Ports, TritonServer
 from trtforge.errors import CapacityError, ServerError
@@ -21,7 +19,6 @@ from trtforge.errors import CapacityError, ServerError
 pytestmark = pytest.mark.e2e
 
 TIMEOUT_S = 60
-CACHE = Path(__file__).parents[2] / ".cache"
 NUM_REQUESTS = 24
 MAX_TOKENS = 2000
 ONE_TOKEN = SamplingOptions(max_tokens=1)
@@ -35,22 +32,15 @@ PROMPTS = (
 FindEngines = Callable[..., list[psutil.Process]]
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def sharded_repository(request: pytest.FixtureRequest, demo_model: Path) -> Path:
-    """The demo model in float32 on ranks that share its 9 heads, 3 KV heads; built again only when what it is
-    built from has changed."""
-    output = CACHE / f"repository-float32-tp{request.param}"
-    options = BuildOptions(
-        model=str(demo_model), output=output, dtype="float32", tp=request.param, force=True
-    )
-    return build(options).folder.parent
-
-
+@pytest.mark.parametrize("tp", [2, 3])
 def test_ranks_give_the_tokens_of_one(
-    triton_server: Callable[[Path], TritonServer], sharded_repository: Path, demo_repository: Path
+    triton_server: Callable[[Path], TritonServer],
+    make_sharded_repository: Callable[[int], Path],
+    demo_repository: Path,
+    tp: int,
 ) -> None:
     answers = []
-    for repository in (demo_repository, sharded_repository):
+    for repository in (demo_repository, make_sharded_repository(tp)):
         with Client(triton_server(repository).grpc_url) as client, ThreadPoolExecutor(len(PROMPTS)) as pool:
             sampling = SamplingOptions(max_tokens=32)
             completions = pool.map(lambda prompt: client.generate(prompt, sampling=sampling), PROMPTS)  # noqa: B023

@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trtforge.errors import ConfigError, ServerError
-from trtforge.runtime.parallel import communicator as module
+from trtforge.runtime.parallel import memory_communicator as module
 from trtforge.runtime.parallel import signals as signals_module
-from trtforge.runtime.parallel.communicator import Communicator, GroupShape, communicator_bytes
+from trtforge.runtime.parallel.communicator import GroupShape
+from trtforge.runtime.parallel.memory_communicator import MemoryCommunicator, communicator_bytes
 from trtforge.runtime.parallel.shared_memory import SharedMemory
 from trtforge.runtime.parallel.signals import PeerFailedError, PeerTimeoutError, Signals
 
@@ -30,13 +31,13 @@ DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
 CHUNK = module.REDUCE_CHUNK_BYTES // 4
 
 
-def make_group(shape: GroupShape, timeout_s: float = TIMEOUT_S) -> list[Communicator]:
+def make_group(shape: GroupShape, timeout_s: float = TIMEOUT_S) -> list[MemoryCommunicator]:
     memory, fd = SharedMemory.create(communicator_bytes(shape))
     os.close(fd)
-    return [Communicator(memory, shape, rank, timeout_s=timeout_s) for rank in range(shape.num_ranks)]
+    return [MemoryCommunicator(memory, shape, rank, timeout_s=timeout_s) for rank in range(shape.num_ranks)]
 
 
-def run_all(group: list[Communicator], work: Callable[[Communicator], Any]) -> list[Any]:
+def run_all(group: list[MemoryCommunicator], work: Callable[[MemoryCommunicator], Any]) -> list[Any]:
     """What `work` returns on each rank, all of them at the same time."""
     with ThreadPoolExecutor(len(group)) as pool:
         return list(pool.map(work, group))
@@ -48,7 +49,7 @@ def data(rank: int, size: int, dtype: Any, seed: int = 0) -> Any:
 
 
 @pytest.fixture(scope="module")
-def groups() -> dict[int, list[Communicator]]:
+def groups() -> dict[int, list[MemoryCommunicator]]:
     """One group for each size and all examples: slots are reused by arrays of all sizes and types."""
     return {size: make_group(GroupShape(size, 1)) for size in (1, 2, 3, 4)}
 
@@ -62,9 +63,14 @@ def groups() -> dict[int, list[Communicator]]:
     in_place=st.booleans(),
 )
 def test_sums_are_those_of_float32_in_the_order_of_ranks(
-    groups: dict[int, list[Communicator]], tp_size: int, size: int, dtype: Any, repeats: int, in_place: bool
+    groups: dict[int, list[MemoryCommunicator]],
+    tp_size: int,
+    size: int,
+    dtype: Any,
+    repeats: int,
+    in_place: bool,
 ) -> None:
-    def work(communicator: Communicator) -> list[bytes]:
+    def work(communicator: MemoryCommunicator) -> list[bytes]:
         sums = []
         for seed in range(repeats):
             source = data(communicator.rank, size, dtype, seed)
@@ -84,10 +90,10 @@ def test_sums_are_those_of_float32_in_the_order_of_ranks(
             assert sums[seed] == results[0][seed]
 
 
-def test_what_is_no_number_is_the_same_everywhere(groups: dict[int, list[Communicator]]) -> None:
+def test_what_is_no_number_is_the_same_everywhere(groups: dict[int, list[MemoryCommunicator]]) -> None:
     special = np.array([np.inf, -np.inf, np.nan, 0.0, -0.0, 3e38], np.float32)
 
-    def work(communicator: Communicator) -> bytes:
+    def work(communicator: MemoryCommunicator) -> bytes:
         values = np.roll(special, communicator.rank)
         with np.errstate(invalid="ignore", over="ignore"):
             communicator.all_reduce(values, values)
@@ -96,7 +102,7 @@ def test_what_is_no_number_is_the_same_everywhere(groups: dict[int, list[Communi
     assert len(set(run_all(groups[3], work))) == 1
 
 
-def test_arrays_with_gaps_are_refused(groups: dict[int, list[Communicator]]) -> None:
+def test_arrays_with_gaps_are_refused(groups: dict[int, list[MemoryCommunicator]]) -> None:
     array = np.zeros((4, 4), np.float32)
     with pytest.raises(ValueError, match="not C-contiguous"):
         groups[2][0].all_reduce(array.T, array)
@@ -110,7 +116,7 @@ def test_stages_hand_on_what_they_have(shape: GroupShape, monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "MAIL_CHUNK_BYTES", 1000)
     sizes = [(1, 64), (7, 64), (0, 64), (50, 33)]
 
-    def work(communicator: Communicator) -> list[Any]:
+    def work(communicator: MemoryCommunicator) -> list[Any]:
         received = []
         for seed, size in enumerate(sizes):
             array = data(0, size, ml_dtypes.bfloat16, seed)
@@ -148,7 +154,7 @@ def test_the_first_rank_tells_all_others(shape: GroupShape) -> None:
 def test_nobody_leaves_a_barrier_before_the_last_has_come() -> None:
     arrived: list[int] = []
 
-    def work(communicator: Communicator) -> int:
+    def work(communicator: MemoryCommunicator) -> int:
         for number in range(20):
             arrived.append(number)
             communicator.barrier()
@@ -183,7 +189,7 @@ def test_who_keeps_the_others_waiting() -> None:
     shape = GroupShape(5, 1)
     memory, fd = SharedMemory.create(communicator_bytes(shape))
     os.close(fd)
-    group = [Communicator(memory, shape, rank, timeout_s=TIMEOUT_S) for rank in range(5)]
+    group = [MemoryCommunicator(memory, shape, rank, timeout_s=TIMEOUT_S) for rank in range(5)]
     looking = Signals(memory, 5)
     threads = [threading.Thread(target=_until_failure, args=(group[rank],)) for rank in (0, 1)]
     for thread in threads:
@@ -199,7 +205,7 @@ def test_who_keeps_the_others_waiting() -> None:
     assert looking.has_failed
 
 
-def _until_failure(communicator: Communicator) -> None:
+def _until_failure(communicator: MemoryCommunicator) -> None:
     with pytest.raises(PeerFailedError):
         communicator.barrier()
 
@@ -214,10 +220,11 @@ def test_processors_that_reorder_writes_are_refused(monkeypatch: pytest.MonkeyPa
 
 PROGRAM = """
 import sys, hashlib, numpy as np, ml_dtypes
-from trtforge.runtime.parallel.communicator import Communicator, GroupShape
+from trtforge.runtime.parallel.communicator import GroupShape
+from trtforge.runtime.parallel.memory_communicator import MemoryCommunicator
 from trtforge.runtime.parallel.shared_memory import SharedMemory
 fd, rank, tp_size, timeout_s = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
-communicator = Communicator(SharedMemory(fd), GroupShape(tp_size, 1), rank, timeout_s=timeout_s)
+communicator = MemoryCommunicator(SharedMemory(fd), GroupShape(tp_size, 1), rank, timeout_s=timeout_s)
 digest = hashlib.sha256()
 random = np.random.default_rng(rank)
 sizes = np.random.default_rng(99).integers(1, 150_000, 150)

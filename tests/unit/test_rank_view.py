@@ -56,22 +56,35 @@ def test_a_rank_sees_its_own_graph_caches_and_files(manifest: Manifest) -> None:
 def test_what_all_ranks_may_take_is_all_they_take(manifest: Manifest, cache_on_host: bool) -> None:
     """However different their parts are, nobody is left with fewer blocks than the others."""
     options = EngineOptions(kv_cache_bytes=10 * BLOCK_BYTES + 8, swap_bytes=6 * BLOCK_BYTES + 7)
-    assert sum(cache_share(manifest, rank) for rank in range(4)) == 1
-    assert cache_share(manifest, 0) == Fraction(1, 3)
-    for rank in range(4):
+    shares = [cache_share(manifest, rank, range(4)) for rank in range(4)]
+    assert shares == [Fraction(1, 3), Fraction(1, 6)] * 2
+    for rank, share in enumerate(shares):
         agreed: list[MemoryBudget] = []
 
         def agree(budget: MemoryBudget, agreed: list[MemoryBudget] = agreed) -> MemoryBudget:
             agreed.append(budget)
             return budget
 
-        context = RankContext(None, cache_share(manifest, rank), agree)  # type: ignore[arg-type]
+        context = RankContext(None, share, share, rank, agree)  # type: ignore[arg-type]
         view = rank_manifest(manifest, rank)
         budget = plan_rank_memory(view, options, 10**12, context, cache_on_host=cache_on_host)
         assert agreed == [budget]
         assert budget.num_host_blocks == 6
         # A GPU has the whole of it for its rank alone.
-        assert budget.num_blocks == (10 if cache_on_host else int(10 / cache_share(manifest, rank)))
+        assert budget.num_blocks == (10 if cache_on_host else int(10 / share))
+
+
+def test_ranks_on_two_machines_divide_the_free_memory_of_each(manifest: Manifest) -> None:
+    """Of the four, the first three are on one machine; a cap in bytes is still one for all."""
+    options = EngineOptions(kv_cache_fraction=0.5)
+    available_bytes = 40 * BLOCK_BYTES
+    rooms = []
+    for rank, here in enumerate([(0, 1, 2), (0, 1, 2), (0, 1, 2), (3,)]):
+        share, node_share = cache_share(manifest, rank, range(4)), cache_share(manifest, rank, here)
+        context = RankContext(None, share, node_share, rank, lambda budget: budget)  # type: ignore[arg-type]
+        rooms.append(plan_rank_memory(rank_manifest(manifest, rank), options, available_bytes, context))
+    used = [budget.num_blocks * budget.block_bytes for budget in rooms]
+    assert sum(used[:3]) == used[3] == available_bytes / 2
 
 
 def test_threads_are_divided() -> None:

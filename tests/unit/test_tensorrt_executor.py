@@ -28,7 +28,8 @@ from trtforge.runtime.executors import create as executors
 from trtforge.runtime.executors.create import create_executor, create_rank_executor
 from trtforge.runtime.executors.decode_batches import DecodeBatches
 from trtforge.runtime.executors.step_buffers import profile_for
-from trtforge.runtime.parallel.communicator import Communicator, GroupShape, communicator_bytes
+from trtforge.runtime.parallel.communicator import GroupShape
+from trtforge.runtime.parallel.memory_communicator import MemoryCommunicator, communicator_bytes
 from trtforge.runtime.parallel.rank_view import RankContext
 from trtforge.runtime.parallel.shared_memory import SharedMemory
 from trtforge.runtime.scheduling.block_moves import BlockMoves
@@ -382,7 +383,9 @@ def test_pipeline_stages_are_refused(make_manifest: Callable[..., Manifest], tmp
     shape = GroupShape(1, 2)
     memory, fd = SharedMemory.create(communicator_bytes(shape))
     os.close(fd)
-    context = RankContext(Communicator(memory, shape, 0), Fraction(1), lambda budget: budget)
+    context = RankContext(
+        MemoryCommunicator(memory, shape, 0), Fraction(1), Fraction(1), 0, lambda budget: budget
+    )
     manifest = make_manifest(LAYERS).model_copy(update={"runtime": "tensorrt"})
     with pytest.raises(ConfigError, match="pipeline stages, which tensorrt does not execute yet"):
         create_rank_executor(manifest, tmp_path, EngineOptions(), context)

@@ -8,17 +8,19 @@ import sys
 
 import pytest
 
-from trtforge.runtime.parallel.communicator import GroupShape, communicator_bytes
+from trtforge.runtime.parallel.communicator import GroupShape
+from trtforge.runtime.parallel.memory_communicator import communicator_bytes
 from trtforge.runtime.parallel.shared_memory import SharedMemory
 
 TIMEOUT_S = 120
 PROGRAM = """
 import sys, torch
 from trtforge.runtime.executors.torch_links import DeviceLinks
-from trtforge.runtime.parallel.communicator import Communicator, GroupShape
+from trtforge.runtime.parallel.communicator import GroupShape
+from trtforge.runtime.parallel.memory_communicator import MemoryCommunicator
 from trtforge.runtime.parallel.shared_memory import SharedMemory
 fd, rank, tp_size, pp_size = map(int, sys.argv[1:])
-communicator = Communicator(SharedMemory(fd), GroupShape(tp_size, pp_size), rank, timeout_s=60)
+communicator = MemoryCommunicator(SharedMemory(fd), GroupShape(tp_size, pp_size), rank, timeout_s=60)
 links = DeviceLinks(communicator, torch.device("cpu"), timeout_s=60, backend="gloo")
 x = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3) * (rank + 1)
 total = links.all_reduce(x)
