@@ -3,7 +3,10 @@
 The text is the reference of Python's `help()` (the module pydoc_data.topics), which every Python has. It is
 scored as `trtforge evaluate` scores it. Each kind of weights is built, and measured in a process of its own.
 
-    python benchmarks/quantization.py MODEL [--tokens 20480] [--kinds bfloat16,int4] [--json FILE]
+    python benchmarks/quantization.py MODEL [--gguf FILE] [--tokens 20480] [--kinds bfloat16,int4]
+
+The kind gguf is FILE as it is; for the demo model, the one that it was dequantized from:
+`python -m trtforge.builder.demo_model --gguf FOLDER`.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "int4": {"dtype": "bfloat16", "int4": True},
     "int4-g32": {"dtype": "bfloat16", "int4": True, "group_size": 32},
     "int4-awq": {"dtype": "bfloat16", "int4": True, "calibrate": "awq"},
+    "gguf": {"dtype": "bfloat16"},
 }
 
 
@@ -54,8 +58,11 @@ def build_kind(model: str, kind: str, repository: Path) -> dict[str, Any]:
         )
     )
     report = result.report
+    quantized = [choice for choice in report.weights if choice.is_quantized]
     return {
         "weight_bytes": report.weight_bytes,
+        "quantized_bytes_before": sum(choice.bytes_before for choice in quantized),
+        "quantized_bytes_after": sum(choice.bytes_after for choice in quantized),
         "build_s": sum(stage.seconds for stage in report.stages),
         "build_peak_bytes": max(stage.peak_memory_bytes for stage in report.stages),
     }
@@ -103,7 +110,7 @@ def resident_bytes() -> int:
 def run_kind(arguments: argparse.Namespace, kind: str) -> dict[str, Any]:
     """Build and measure one kind; the second in a process of its own."""
     with tempfile.TemporaryDirectory() as scratch:
-        built = build_kind(arguments.model, kind, Path(scratch))
+        built = build_kind(arguments.gguf if kind == "gguf" else arguments.model, kind, Path(scratch))
         command = [sys.executable, __file__, arguments.model, "--measure", f"{scratch}/llm/1"]
         command += ["--tokens", str(arguments.tokens), "--threads", str(arguments.threads)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -112,15 +119,30 @@ def run_kind(arguments: argparse.Namespace, kind: str) -> dict[str, Any]:
 
 def print_table(results: dict[str, dict[str, Any]]) -> None:
     """One line a kind."""
-    print("| weights | perplexity | weights, MiB | resident, MiB | decode, tok/s, median (best) | build, s |")
-    print("|---|--:|--:|--:|--:|--:|")
+    print(
+        "| weights | perplexity | change | weights, MiB | quantized ones, saved | resident, MiB "
+        "| prefill, tok/s | decode, tok/s, median (best) | build, s |"
+    )
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
+    baseline = results.get("bfloat16")
     for kind, result in results.items():
-        print(
-            f"| {kind} | {result['perplexity']:.2f} | {result['weight_bytes'] / 2**20:.1f} "
-            f"| {result['rss_bytes'] / 2**20:.0f} | {result['decode_tokens_per_s']:.0f} "
-            f"({result['decode_best_tokens_per_s']:.0f}) | {result['build_s']:.0f} |",
-            flush=True,
-        )
+        change = saved = ""
+        if baseline is not None and result is not baseline:
+            change = f"{100 * (result['perplexity'] / baseline['perplexity'] - 1):+.2f} %"
+        if result["quantized_bytes_before"]:
+            saved = f"{100 * (1 - result['quantized_bytes_after'] / result['quantized_bytes_before']):.1f} %"
+        cells = [
+            kind,
+            f"{result['perplexity']:.3f}",
+            change,
+            f"{result['weight_bytes'] / 2**20:.1f}",
+            saved,
+            f"{result['rss_bytes'] / 2**20:.0f}",
+            f"{result['prefill_tokens_per_s']:.0f}",
+            f"{result['decode_tokens_per_s']:.0f} ({result['decode_best_tokens_per_s']:.0f})",
+            f"{result['build_s']:.0f}",
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
@@ -128,7 +150,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="a local Hugging Face folder")
     parser.add_argument("--tokens", type=int, default=20480, help="of the text that are scored")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="separated by commas")
+    parser.add_argument("--gguf", metavar="FILE", help="for the kind gguf")
+    parser.add_argument("--kinds", help=f"separated by commas, of {', '.join(KINDS)}; all by default")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
@@ -136,8 +159,14 @@ def main() -> None:
     if arguments.measure is not None:
         print(json.dumps(measure(arguments.measure, arguments.tokens, arguments.threads)))
         return
+    if arguments.kinds is None:
+        kinds = [kind for kind in KINDS if kind != "gguf" or arguments.gguf]
+    else:
+        kinds = arguments.kinds.split(",")
+    if "gguf" in kinds and arguments.gguf is None:
+        parser.error("the kind gguf needs --gguf FILE")
     results = {}
-    for kind in arguments.kinds.split(","):
+    for kind in kinds:
         results[kind] = run_kind(arguments, kind)
         print_table({kind: results[kind]})
     print_table(results)

