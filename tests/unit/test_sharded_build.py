@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,7 @@ from trtforge import wire
 from trtforge.builder.build import BuildResult, build
 from trtforge.builder.lower import lower
 from trtforge.builder.options import BuildOptions
-from trtforge.errors import ConfigError
+from trtforge.errors import CapacityError, ConfigError
 from trtforge.manifest import LayerCache, Manifest
 from trtforge.plugins.op import DOMAIN
 
@@ -190,3 +192,23 @@ def test_more_ranks_than_parts_are_refused_before_any_work(
     with pytest.raises(ConfigError, match=said):
         build(options(checkpoint, tmp_path / "repository", **values))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_embeddings_of_two_stages_need_room_on_the_disk(
+    is_tied: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tied ones are in the checkpoint once."""
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": is_tied}))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+
+    def needed_bytes(pp: int) -> int:
+        with pytest.raises(CapacityError, match="the build needs") as error:
+            build(options(model, tmp_path / "repository", pp=pp))
+        return int(re.findall(r"needs ([\d,]+):", str(error.value))[0].replace(",", ""))
+
+    embedding_bytes = 4 * VOCAB_SIZE * 9 * HEAD_DIM
+    assert needed_bytes(pp=2) - needed_bytes(pp=1) == is_tied * embedding_bytes
