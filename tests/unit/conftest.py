@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from trtforge.builder.checkpoint import Checkpoint
 from trtforge.builder.export import export_model, write_graph
@@ -108,27 +106,11 @@ def make_manifest() -> Callable[..., Manifest]:
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_llama(make_random_llama: Callable[..., Path]) -> Path:
     """A Hugging Face folder: a random llama of VOCAB_SIZE tokens, 4 heads and 2 KV heads."""
-    folder = tmp_path_factory.mktemp("tiny_llama")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-        )
+    return make_random_llama(
+        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=96, max_position_embeddings=512
     )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:  # far from uniform attention and logits, which a fresh model has
-                parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

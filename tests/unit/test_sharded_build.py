@@ -11,9 +11,7 @@ from types import ModuleType
 
 import onnx
 import pytest
-import torch
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from trtforge import wire
 from trtforge.builder.build import BuildResult, build
@@ -29,12 +27,9 @@ RunTrtforge = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+def checkpoint(make_random_llama: Callable[..., Path], tiny_tokenizer: Path) -> Path:
     """A random llama of three layers with 9 heads and 3 KV heads, as SmolLM2 has them."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    shutil.copytree(tiny_tokenizer, folder, dirs_exist_ok=True)
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    folder = make_random_llama(
         vocab_size=VOCAB_SIZE,
         hidden_size=9 * HEAD_DIM,
         intermediate_size=96,
@@ -44,7 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -
         max_position_embeddings=128,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    shutil.copytree(tiny_tokenizer, folder, dirs_exist_ok=True)
     return folder
 
 
