@@ -34,6 +34,8 @@ from trtforge.runtime.executor import Executor, Float32Array
 
 VOCAB_SIZE = 128
 FOLDER = Path(__file__).parent
+# Tests import what they share from the folders beside this file.
+sys.path.append(str(FOLDER))
 
 
 class SequenceDriver:
@@ -179,7 +181,6 @@ def cuda_driver_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def make_threaded_ranks() -> Callable[..., Any]:
     """`make_threaded_ranks(exported, tp, folder, block_size, num_blocks)`: see `threaded_ranks/model.py`."""
-    sys.path.append(str(FOLDER))
     from threaded_ranks.model import ThreadedRanks
 
     return ThreadedRanks
@@ -191,7 +192,6 @@ def make_tensorrt_executor(
 ) -> Callable[..., Executor]:
     """`make_tensorrt_executor(runtime, limits=..., options=..., content=..., tp_size=..., **environment)`:
     one in a process of its own, where driver and TensorRT are fake ones; see `fake_tensorrt/client.py`."""
-    sys.path.append(str(FOLDER))
     from fake_tensorrt.client import FakeTensorRTExecutor, write_model
 
     def make(
