@@ -24,7 +24,8 @@ from trtforge.runtime.request import EngineRequest
 from trtforge.runtime.sampling.params import check_sampling_params
 from trtforge.runtime.sampling.state import SamplingState, needs_state
 from trtforge.runtime.scheduling.kv_cache_manager import KVCacheConfig, KVCacheManager
-from trtforge.runtime.scheduling.scheduler import Scheduler, SchedulerLimits, SchedulerOutput
+from trtforge.runtime.scheduling.schedule import SchedulerLimits, SchedulerOutput
+from trtforge.runtime.scheduling.scheduler import Scheduler
 from trtforge.runtime.scheduling.sequence import Sequence
 from trtforge.runtime.scheduling.speculation import Drafter, PromptLookup
 

@@ -23,7 +23,8 @@ from trtforge.runtime.executor import ModelInputs, ModelOutputs
 from trtforge.runtime.executors.fake_executor import FakeExecutor
 from trtforge.runtime.outputs import EngineOutput
 from trtforge.runtime.request import EngineRequest, SamplingParams
-from trtforge.runtime.scheduling.scheduler import Scheduler, SchedulerOutput
+from trtforge.runtime.scheduling.schedule import SchedulerOutput
+from trtforge.runtime.scheduling.scheduler import Scheduler
 
 
 def test_preemption_recomputes_and_changes_nothing() -> None:
