@@ -125,6 +125,10 @@ def _reuse(target: Path, key: str, options: BuildOptions) -> BuildResult | None:
 def _check_disk_space(folder: Path, checkpoint: Checkpoint, plan: BuildPlan) -> None:
     shapes = [tensor.shape for tensor in checkpoint.tensors.values()]
     shapes += [linear.shape for linear in checkpoint.quantized.values()]
+    text_config = checkpoint.config.get_text_config(decoder=True)
+    if plan.parallelism.pp > 1 and getattr(text_config, "tie_word_embeddings", False):
+        # Stored once, and written for the first stage and the last one.
+        shapes.append((text_config.vocab_size, text_config.hidden_size))
     # An upper bound: as if nothing was quantized.
     weight_bytes = sum(map(math.prod, shapes)) * element_bytes(plan.dtype)
     # An engine holds the weights once more.

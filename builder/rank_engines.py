@@ -13,6 +13,7 @@ from trtforge.builder.engine import EngineTarget, OnProgress
 from trtforge.builder.engine_cache import EngineCache
 from trtforge.builder.rank_engine import build_rank_engine
 from trtforge.errors import EngineBuildError
+from trtforge.host_memory import available_memory_bytes
 from trtforge.manifest import EngineInfo, KVCacheLayout, Limits
 from trtforge.plugins.bundle import Bundle
 
@@ -55,16 +56,8 @@ def build_rank_engines(
 
 def _num_processes(graphs: Sequence[Path]) -> int:
     largest = max(sum(file.stat().st_size for file in graph.parent.iterdir()) for graph in graphs)
-    fitting = _available_bytes() // (_MEMORY_FACTOR * largest + _OTHER_BYTES)
+    fitting = available_memory_bytes() // (_MEMORY_FACTOR * largest + _OTHER_BYTES)
     return max(1, min(len(graphs), len(os.sched_getaffinity(0)), fitting))
-
-
-def _available_bytes() -> int:
-    """Memory that can be had, with what the system would give up of its caches (proc(5), meminfo)."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def _build_in_processes(

@@ -53,7 +53,11 @@ install_perf_analyzer() {
     loader=("$root/ld-linux-x86-64.so.2" --library-path "$root" --argv0 perf_analyzer)
   fi
   mkdir -p "$tools/bin"
-  printf '#!/bin/sh\nexec %s "$@"\n' "${loader[*]} $binary" >"$tools/bin/perf_analyzer.new"
+  {
+    printf '#!/usr/bin/env bash\nexec'
+    printf ' %q' "${loader[@]}" "$binary" # the checkout's path may have spaces
+    printf ' "$@"\n'
+  } >"$tools/bin/perf_analyzer.new"
   chmod +x "$tools/bin/perf_analyzer.new"
   "$tools/bin/perf_analyzer.new" --version
   mv "$tools/bin/perf_analyzer.new" "$tools/bin/perf_analyzer"

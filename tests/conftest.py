@@ -1,4 +1,4 @@
-"""What tests of several folders share: a tiny tokenizer and a repository that needs no model."""
+"""What tests of several folders share: a tiny tokenizer, tiny models, and a repository that needs none."""
 
 from __future__ import annotations
 
@@ -75,6 +75,30 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_random_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`make_random_llama(vocab_size=..., ...)`: a new Hugging Face folder with a llama of this LlamaConfig.
+
+    It has two layers, 4 heads and 2 KV heads if nothing else is said, and no tokenizer.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(**config: object) -> Path:
+        sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        folder = tmp_path_factory.mktemp("llama")
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**sizes | config))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:  # far from uniform attention and logits, which a fresh model has
+                    parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
+        model.save_pretrained(folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -16,16 +16,15 @@ from trtforge.engine_options import EngineOptions
 from trtforge.errors import DeviceError, RequestError
 from trtforge.manifest import Limits
 from trtforge.runtime.engine.model_inputs import build_model_inputs
+from trtforge.runtime.engine.new_sequences import NewSequences
 from trtforge.runtime.engine.open_requests import OpenRequest, OpenRequests
 from trtforge.runtime.engine.step_results import StepResults
 from trtforge.runtime.executor import Executor, ModelInputs, ModelOutputs
 from trtforge.runtime.outputs import EngineOutput, EngineStats
 from trtforge.runtime.request import EngineRequest
-from trtforge.runtime.sampling.params import check_sampling_params
-from trtforge.runtime.sampling.state import SamplingState, needs_state
 from trtforge.runtime.scheduling.kv_cache_manager import KVCacheConfig, KVCacheManager
-from trtforge.runtime.scheduling.scheduler import Scheduler, SchedulerLimits, SchedulerOutput
-from trtforge.runtime.scheduling.sequence import Sequence
+from trtforge.runtime.scheduling.schedule import SchedulerLimits, SchedulerOutput
+from trtforge.runtime.scheduling.scheduler import Scheduler
 from trtforge.runtime.scheduling.speculation import Drafter, PromptLookup
 
 if TYPE_CHECKING:
@@ -72,9 +71,8 @@ class EngineCore:
         self._options = options
         self._clock = clock
         self._block_size = spec.block_size
-        self._max_model_len = limits.max_model_len
-        self._eos_token_ids = eos_token_ids
         self._vocab_size = vocab_size
+        self._new_sequences = NewSequences(vocab_size, limits.max_model_len, eos_token_ids)
         self._kv_cache = KVCacheManager(
             KVCacheConfig(
                 spec.num_blocks, spec.block_size, spec.num_host_blocks, options.prefix_caching, window
@@ -169,12 +167,7 @@ class EngineCore:
         """
         if request.request_id in self._requests:
             raise RequestError(f"request id {request.request_id!r} is in use: give every request its own")
-        self._check_prompt(request.prompt_token_ids)
-        check_sampling_params(request.sampling, self._vocab_size)
-        sequence = Sequence.from_request(
-            request, self._eos_token_ids, self._max_model_len, next(self._arrivals)
-        )
-        self._give_sampling_states(sequence, grammar)
+        sequence = self._new_sequences.make(request, grammar, next(self._arrivals))
         self._scheduler.add(sequence)
         answers = [sequence, *sequence.followers]
         timeout_s = request.timeout_s or 0.0
@@ -200,32 +193,6 @@ class EngineCore:
     def close(self) -> None:
         """Wait for the step in flight; nothing can be done any more then."""
         self._worker.shutdown()
-
-    def _check_prompt(self, prompt_token_ids: tuple[int, ...]) -> None:
-        if not prompt_token_ids:
-            raise RequestError("the prompt is empty; it needs at least one token")
-        if len(prompt_token_ids) + 1 > self._max_model_len:
-            raise RequestError(
-                f"the prompt has {len(prompt_token_ids)} tokens; the model takes at most "
-                f"{self._max_model_len - 1}, and one to generate"
-            )
-        for token_id in (min(prompt_token_ids), max(prompt_token_ids)):
-            if not 0 <= token_id < self._vocab_size:
-                raise RequestError(
-                    f"prompt token id {token_id} is not in the vocabulary, 0 to {self._vocab_size - 1}"
-                )
-
-    def _give_sampling_states(self, sequence: Sequence, grammar: CompiledGrammar | None) -> None:
-        if not needs_state(sequence.sampling):
-            return
-        for answer in (sequence, *sequence.followers):
-            params = answer.sampling
-            if params.seed is not None:  # 64 bits of the key of 128 are the caller's
-                params = replace(params, seed=params.seed | answer.index << 64)
-            matcher = None if grammar is None else grammar.matcher()
-            answer.sampling_state = SamplingState(
-                params, answer.token_ids, answer.num_prompt_tokens, answer.stop_token_ids, matcher
-            )
 
     # ------------------------------------------------------------------ steps
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from trtforge.runtime.executor import Int32Array, ModelInputs
-from trtforge.runtime.scheduling.scheduler import SchedulerOutput
+from trtforge.runtime.scheduling.schedule import SchedulerOutput
 from trtforge.runtime.scheduling.sequence import Sequence
 
 

@@ -13,7 +13,8 @@ from trtforge.runtime.sampling.logprobs import prompt_logprobs
 from trtforge.runtime.sampling.sampler import INVALID_TOKEN, Sampled, Sampler
 from trtforge.runtime.sampling.state import SamplingState
 from trtforge.runtime.scheduling.kv_cache_manager import KVCacheManager
-from trtforge.runtime.scheduling.scheduler import Scheduler, SchedulerOutput
+from trtforge.runtime.scheduling.schedule import SchedulerOutput
+from trtforge.runtime.scheduling.scheduler import Scheduler
 from trtforge.runtime.scheduling.sequence import Sequence
 
 _INVALID_LOGITS = "the model's logits are NaN or infinite"

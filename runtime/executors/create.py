@@ -8,9 +8,10 @@ from pathlib import Path
 
 from trtforge.engine_options import EngineOptions
 from trtforge.errors import ConfigError, TrtforgeError
+from trtforge.host_memory import available_memory_bytes
 from trtforge.manifest import KERNELS_FOLDER, Manifest
 from trtforge.runtime.executor import Executor
-from trtforge.runtime.executors.memory_budget import available_memory_bytes, resize
+from trtforge.runtime.executors.memory_budget import resize
 from trtforge.runtime.parallel.rank_view import RankContext, plan_rank_memory
 from trtforge.tensorrt_package import PACKAGES
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from trtforge.engine_options import EngineOptions
 from trtforge.errors import ConfigError
 from trtforge.manifest import MAX_SLOTS, KVCacheLayout, Manifest
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,22 +87,3 @@ def _weights_bytes(manifest: Manifest) -> int:
 def resize(layout: KVCacheLayout, budget: MemoryBudget) -> KVCacheLayout:
     """The layout with the budget's number of blocks."""
     return layout.model_copy(update={"num_blocks": budget.num_blocks})
-
-
-def available_memory_bytes() -> int:
-    """What this process may still allocate: free memory of the machine, or of its cgroup if that is less."""
-    available = _meminfo_bytes("MemAvailable")
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
-    except OSError:
-        return available  # not in a cgroup of its own, or version 1
-    return available if limit == "max" else min(available, max(int(limit) - used, 0))
-
-
-def _meminfo_bytes(field: str) -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise ConfigError(f"/proc/meminfo has no {field}: set kv_cache_bytes and leave kv_cache_fraction 0")

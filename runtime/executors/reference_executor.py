@@ -14,13 +14,13 @@ from torch import Tensor
 
 from trtforge import wire
 from trtforge.errors import CapacityError, ConfigError, ServerError
+from trtforge.host_memory import available_memory_bytes
 from trtforge.manifest import KVCacheLayout, Manifest
 from trtforge.runtime.executor import KVCacheSpec, ModelInputs, ModelOutputs
 from trtforge.runtime.executors.decode_batches import step_arrays
 from trtforge.runtime.executors.decode_graphs import DecodeGraphs
 from trtforge.runtime.executors.graph_file import read_graph_file
 from trtforge.runtime.executors.kernel_calls import Launcher
-from trtforge.runtime.executors.memory_budget import available_memory_bytes
 from trtforge.runtime.executors.step_checks import check_step
 from trtforge.runtime.executors.torch_graph import Program, compile_graph
 from trtforge.runtime.executors.torch_links import DeviceLinks, HostLinks, Links

@@ -4,75 +4,17 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
 
-from trtforge.errors import CapacityError, ConfigError, RequestError
-from trtforge.runtime.scheduling.block_moves import BlockMoves
+from trtforge.errors import CapacityError
+from trtforge.runtime.scheduling.admission import Admission
 from trtforge.runtime.scheduling.kv_cache_manager import KVCacheManager
+from trtforge.runtime.scheduling.schedule import SchedulerLimits, SchedulerOutput
 from trtforge.runtime.scheduling.sequence import Sequence
 
 # Of a step's budget, this part at least goes to prefills that have begun, however many sequences decode.
 PREFILL_SHARE = 8
 # Prompt tokens of one sequence and step whose logits are all wanted: each is a row of the vocabulary's size.
 MAX_PROMPT_LOGPROBS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """Bounds of a step, of a sequence and of the queue."""
-
-    max_model_len: int  # tokens
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_queue_size: int = 1 << 30
-    reserves_blocks: bool = False  # admits only what can never lead to preemption
-    swaps: bool = False  # preempted sequences go to host memory as long as there is room
-
-
-@dataclass(slots=True)
-class SchedulerOutput:
-    """One step: which sequences run, in the order their tokens are packed.
-
-    The lists are parallel. The tokens of a sequence are those from `starts` on; its `num_computed_tokens`
-    counts them already. A sequence `samples` if they are the last it has: the step gives its next one.
-    """
-
-    sequences: list[Sequence] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-    num_scheduled_tokens: list[int] = field(default_factory=list)
-    samples: list[bool] = field(default_factory=list)
-    admitted: list[Sequence] = field(default_factory=list)  # those that were waiting before
-    moves: BlockMoves = field(default_factory=BlockMoves)
-    rows_with_state: list[int] = field(default_factory=list)  # indices of sequences with sampling options
-    is_plain: bool = True  # one row of logits, and one token from it at most, for each sequence
-
-    def end(self, index: int) -> int:
-        """How many tokens of the sequence at `index` are computed after the step."""
-        return self.starts[index] + self.num_scheduled_tokens[index]
-
-    def drop_finished(self) -> None:
-        """Take out the sequences that have finished since they were scheduled."""
-        kept = [index for index, sequence in enumerate(self.sequences) if sequence.status != "finished"]
-        if len(kept) < len(self.sequences):
-            self.sequences = [self.sequences[index] for index in kept]
-            self.starts = [self.starts[index] for index in kept]
-            self.num_scheduled_tokens = [self.num_scheduled_tokens[index] for index in kept]
-            self.samples = [self.samples[index] for index in kept]
-            self.rows_with_state = [
-                row for row, sequence in enumerate(self.sequences) if sequence.sampling_state is not None
-            ]
-
-    def append(self, sequence: Sequence, num_tokens: int) -> None:
-        """Schedule the sequence's next tokens."""
-        if sequence.sampling_state is not None:
-            self.rows_with_state.append(len(self.sequences))
-        self.sequences.append(sequence)
-        self.starts.append(sequence.num_computed_tokens)
-        self.num_scheduled_tokens.append(num_tokens)
-        sequence.num_computed_tokens += num_tokens
-        self.samples.append(sequence.num_computed_tokens == len(sequence.token_ids))
-        if sequence.num_draft_tokens or sequence.followers or sequence.sampling.prompt_logprobs is not None:
-            self.is_plain = False
 
 
 class Scheduler:
@@ -91,19 +33,11 @@ class Scheduler:
 
     def __init__(self, kv_cache: KVCacheManager, limits: SchedulerLimits) -> None:
         """Raises ConfigError if the cache can't hold one sequence of `max_model_len` tokens."""
-        if kv_cache.max_sequences(limits.max_model_len) < 1:
-            raise ConfigError(
-                f"one sequence of max_model_len {limits.max_model_len} tokens needs "
-                f"{kv_cache.num_blocks_for(limits.max_model_len)} cache blocks, there are "
-                f"{kv_cache.num_blocks}: lower max_model_len or enlarge the cache"
-            )
         self._kv_cache = kv_cache
         self._limits = limits
+        self._admission = Admission(kv_cache, limits)
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
-        self._num_answers = 0  # that the running sequences stand for
-        self._num_reserved_blocks = 0  # that the running sequences may come to need
-        self._blocked: tuple[Sequence, int] | None = None  # who did not fit, and how many blocks were free
         self.num_preemptions = 0  # so far
 
     @property
@@ -124,7 +58,7 @@ class Scheduler:
     @property
     def num_answers(self) -> int:
         """Answers that running and waiting sequences stand for."""
-        return self._num_answers + sum(sequence.num_answers for sequence in self._waiting)
+        return self._admission.num_answers + sum(sequence.num_answers for sequence in self._waiting)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence of at most `max_model_len` tokens.
@@ -136,17 +70,7 @@ class Scheduler:
                 f"{len(self._waiting)} requests are waiting, the most that are allowed: send the request "
                 "again later, or raise max_queue_size"
             )
-        if sequence.num_answers > self._limits.max_num_seqs:
-            raise RequestError(
-                f"n is {sequence.num_answers}: this model runs at most {self._limits.max_num_seqs} answers "
-                "at once"
-            )
-        reserve = self._reserve(sequence)
-        if self._limits.reserves_blocks and reserve > self._kv_cache.num_blocks:
-            raise RequestError(
-                f"n {sequence.num_answers} and max_tokens can come to need {reserve} cache blocks, there are "
-                f"{self._kv_cache.num_blocks}: ask for fewer answers or tokens"
-            )
+        self._admission.check(sequence)
         insort(self._waiting, sequence, key=_order)
 
     def schedule(self) -> SchedulerOutput:
@@ -195,12 +119,12 @@ class Scheduler:
         """Forget a sequence, whatever its status, and free its blocks."""
         if sequence.status == "running":
             self._running.remove(sequence)
-            self._count(sequence, -1)
+            self._admission.leave(sequence)
         else:
             self._waiting.remove(sequence)
         self._kv_cache.free(sequence)
         sequence.status = "finished"
-        self._blocked = None
+        self._admission.reconsider()
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if the cache's bookkeeping or a sequence's status is inconsistent."""
@@ -217,10 +141,7 @@ class Scheduler:
         for queue in (self._running, self._waiting):
             if sorted(queue, key=_order) != queue:
                 raise RuntimeError("a queue is out of order")
-        if self._num_answers != sum(sequence.num_answers for sequence in self._running):
-            raise RuntimeError(f"{self._num_answers} answers are counted, but others run")
-        if self._num_reserved_blocks != sum(map(self._reserve, self._running)):
-            raise RuntimeError(f"{self._num_reserved_blocks} blocks are reserved, but not for those that run")
+        self._admission.check_integrity(self._running)
 
     # ------------------------------------------------------------------ one step
 
@@ -311,28 +232,14 @@ class Scheduler:
             return
         first = self._waiting[0]
         lower = [sequence for sequence in self._running if sequence.priority > first.priority]
-        if not lower or not self._would_fit(first, lower):
+        if not lower or not self._admission.would_fit(first, len(self._running), lower):
             return
         while self._admit_next(output) is None and lower:
             self._preempt(lower.pop())
 
-    def _would_fit(self, sequence: Sequence, without: list[Sequence]) -> bool:
-        """Whether a waiting sequence could run if those were gone, as far as it can be told: they may share
-        blocks.
-        """
-        num_answers = self._num_answers - sum(other.num_answers for other in without)
-        num_reserved = self._num_reserved_blocks - sum(map(self._reserve, without))
-        num_free = self._kv_cache.num_free_blocks + sum(len(other.block_table) for other in without)
-        num_needed = self._kv_cache.num_blocks_for(len(sequence.token_ids))
-        if self._limits.reserves_blocks:
-            num_free, num_needed = self._kv_cache.num_blocks - num_reserved, self._reserve(sequence)
-        else:
-            num_needed += len(self._running) - len(without)
-        return num_answers + sequence.num_answers <= self._limits.max_num_seqs and num_needed <= num_free
-
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self._count(sequence, -1)
+        self._admission.leave(sequence)
         sequence.drop_drafts()
         if not self._limits.swaps or not self._kv_cache.swap_out(sequence):
             self._kv_cache.free(sequence)
@@ -341,44 +248,17 @@ class Scheduler:
         insort(self._waiting, sequence, key=_order)
 
     def _admit_next(self, output: SchedulerOutput) -> Sequence | None:
-        """Start the first waiting sequence, unless that would make preemption likely.
-
-        It gets the blocks of all its known tokens at once: a prefill never stops for want of blocks.
-        One more block for every sequence already running is left free, so that they grow by a block
-        before a sequence admitted now could be preempted and its prefill wasted.
-        """
+        """Start the first waiting sequence, if it is admitted."""
         if not self._waiting:
             return None
         sequence = self._waiting[0]
-        num_free = self._kv_cache.num_free_blocks
-        if self._num_answers + sequence.num_answers > self._limits.max_num_seqs:
+        if not self._admission.admit(sequence, len(self._running)):
             return None
-        if self._blocked is not None and self._blocked[0] is sequence and num_free <= self._blocked[1]:
-            return None
-        if self._limits.reserves_blocks:
-            num_spare = 0
-            fits = self._num_reserved_blocks + self._reserve(sequence) <= self._kv_cache.num_blocks
-        else:
-            num_spare = len(self._running)
-            fits = True
-        if not fits or not self._kv_cache.admit(sequence, num_spare):
-            self._blocked = (sequence, num_free)
-            return None
-        self._blocked = None
         del self._waiting[0]
         sequence.status = "running"
         insort(self._running, sequence, key=_order)
-        self._count(sequence, 1)
         output.admitted.append(sequence)
         return sequence
-
-    def _count(self, sequence: Sequence, sign: int) -> None:
-        self._num_answers += sign * sequence.num_answers
-        self._num_reserved_blocks += sign * self._reserve(sequence)
-
-    def _reserve(self, sequence: Sequence) -> int:
-        """Blocks that the sequence and its followers come to need at most."""
-        return sequence.num_answers * self._kv_cache.num_blocks_for(sequence.max_num_tokens)
 
 
 def _order(sequence: Sequence) -> tuple[int, int, int]:

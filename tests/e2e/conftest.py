@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,9 @@ from trtforge.builder.build import build
 from trtforge.builder.options import BuildOptions
 from trtforge.builder.repository import triton_config
 from trtforge.client.triton_server import Ports, TritonServer
+
+# Tests import what they share from the folders beside this file.
+sys.path.append(str(Path(__file__).parent))
 
 CACHE = Path(__file__).parents[2] / ".cache"
 ANY_FREE_PORTS = Ports(http=0, grpc=0, metrics=0)

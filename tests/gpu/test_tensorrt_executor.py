@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from trtforge.builder.build import build
 from trtforge.builder.options import BuildOptions
@@ -34,26 +33,11 @@ TOLERANCE = 0.03
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+def checkpoint(make_random_llama: Callable[..., Path], tiny_tokenizer: Path) -> Path:
     """A random llama whose heads are as large as those of the kernels."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=256,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-        )
+    folder = make_random_llama(
+        vocab_size=VOCAB_SIZE, hidden_size=256, intermediate_size=256, max_position_embeddings=256
     )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:  # far from uniform attention, which a fresh model has
-                parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
-    model.save_pretrained(folder)
     shutil.copytree(tiny_tokenizer, folder, dirs_exist_ok=True)
     return folder
 

@@ -11,10 +11,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from kernel_harness.onnx_body import run_body
 from kernel_harness.scaled_add.op import OPERATOR, scaled_add
 from triton.runtime.errors import InterpreterError
 
 from trtforge.plugins.launch import Call, Gpu, Kernels, Plan
+from trtforge.plugins.operators import OPERATORS
 
 BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 TORCH_TYPES = {
@@ -229,6 +231,16 @@ def test_an_operator_is_planned_and_run(interpret: Callable, dtype: type, shape:
     (got,) = interpret(OPERATOR, {"total": total, "x": x}, {"scale": 0.5})
     assert_same_numbers(got, scaled_add(total, x, scale=0.5))
     assert_same_numbers(total, before)  # the tests' own arrays are as they were
+
+
+def test_the_operator_s_body_is_what_its_kernels_compute(
+    interpret: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(OPERATORS, "ScaledAdd", OPERATOR)
+    inputs = {"total": normal(3, 7, dtype=np.float16), "x": normal(3, 7, dtype=np.float16)}
+    (expected,) = interpret(OPERATOR, inputs, {"scale": 0.5})
+    (got,) = run_body(OPERATOR, inputs, {"scale": 0.5})
+    assert_same_numbers(got, expected)
 
 
 def _with_plan(change: Callable[[Plan], Plan]) -> object:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from kernel_harness.launcher import InterpreterLauncher
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from trtforge.builder.checkpoint import Checkpoint
 from trtforge.builder.export import export_model, write_graph
@@ -18,28 +18,12 @@ from trtforge.runtime.executors.decode_batches import pad_decode
 from trtforge.runtime.executors.reference_executor import ReferenceExecutor
 
 VOCAB_SIZE, BLOCK_SIZE, NUM_BLOCKS = 128, 16, 24
-CONFIG = LlamaConfig(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=128,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+def model(make_random_llama: Callable[..., Path]) -> tuple[Path, Manifest]:
     """The folder and manifest of a random llama in bfloat16."""
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    hf = LlamaForCausalLM(CONFIG)
-    with torch.no_grad():
-        for parameter in hf.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
-    hf.save_pretrained(folder)
+    folder = make_random_llama(vocab_size=VOCAB_SIZE, hidden_size=128, intermediate_size=96, head_dim=64)
     exported = export_model(Checkpoint.open(str(folder)), "bfloat16")
     write_graph(exported, folder / "graph")
     manifest = Manifest(

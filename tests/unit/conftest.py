@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from trtforge.builder.checkpoint import Checkpoint
 from trtforge.builder.export import export_model, write_graph
@@ -36,6 +34,8 @@ from trtforge.runtime.executor import Executor, Float32Array
 
 VOCAB_SIZE = 128
 FOLDER = Path(__file__).parent
+# Tests import what they share from the folders beside this file.
+sys.path.append(str(FOLDER))
 
 
 class SequenceDriver:
@@ -108,27 +108,11 @@ def make_manifest() -> Callable[..., Manifest]:
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_llama(make_random_llama: Callable[..., Path]) -> Path:
     """A Hugging Face folder: a random llama of VOCAB_SIZE tokens, 4 heads and 2 KV heads."""
-    folder = tmp_path_factory.mktemp("tiny_llama")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-        )
+    return make_random_llama(
+        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=96, max_position_embeddings=512
     )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:  # far from uniform attention and logits, which a fresh model has
-                parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -197,7 +181,6 @@ def cuda_driver_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def make_threaded_ranks() -> Callable[..., Any]:
     """`make_threaded_ranks(exported, tp, folder, block_size, num_blocks)`: see `threaded_ranks/model.py`."""
-    sys.path.append(str(FOLDER))
     from threaded_ranks.model import ThreadedRanks
 
     return ThreadedRanks
@@ -209,7 +192,6 @@ def make_tensorrt_executor(
 ) -> Callable[..., Executor]:
     """`make_tensorrt_executor(runtime, limits=..., options=..., content=..., tp_size=..., **environment)`:
     one in a process of its own, where driver and TensorRT are fake ones; see `fake_tensorrt/client.py`."""
-    sys.path.append(str(FOLDER))
     from fake_tensorrt.client import FakeTensorRTExecutor, write_model
 
     def make(

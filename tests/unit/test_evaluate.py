@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from trtforge.builder.build import build
 from trtforge.builder.options import BuildOptions
@@ -29,18 +29,12 @@ WINDOW, STRIDE = 64, 24
 
 
 @pytest.fixture(scope="module")
-def model(tiny_llama: Path, tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(make_random_llama: Callable[..., Path], tiny_tokenizer: Path) -> Path:
     """A Hugging Face folder with a random model and the tokenizer, whose prompts begin with <|endoftext|>."""
-    folder = tmp_path_factory.mktemp("model")
+    folder = make_random_llama(
+        vocab_size=512, hidden_size=64, intermediate_size=96, max_position_embeddings=512
+    )
     shutil.copytree(tiny_tokenizer, folder, dirs_exist_ok=True)
-    torch.manual_seed(0)
-    # The tokenizer has more tokens than the model that other tests share.
-    hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_llama, vocab_size=512))
-    with torch.no_grad():
-        for parameter in hf.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
-    hf.save_pretrained(folder)
     return folder
 
 

@@ -12,7 +12,7 @@ from trtforge.runtime.engine.model_inputs import build_model_inputs
 from trtforge.runtime.executor import ModelInputs
 from trtforge.runtime.executors.fake_executor import FakeExecutor
 from trtforge.runtime.request import EngineRequest, SamplingParams
-from trtforge.runtime.scheduling.scheduler import SchedulerOutput
+from trtforge.runtime.scheduling.schedule import SchedulerOutput
 from trtforge.runtime.scheduling.sequence import Sequence
 
 VOCAB_SIZE = 50

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from trtforge.builder.checkpoint import Checkpoint
 from trtforge.builder.export import divide, trace_checkpoint, write_graph
@@ -33,28 +31,20 @@ BuildModel = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def build_model(
-    tmp_path_factory: pytest.TempPathFactory, make_manifest: Callable[..., Manifest]
+    tmp_path_factory: pytest.TempPathFactory,
+    make_random_llama: Callable[..., Path],
+    make_manifest: Callable[..., Manifest],
 ) -> BuildModel:
     """`build_model(tp, pp, runtime)`: a new folder with the graphs and the manifest of a random llama with 9
     heads and 3 KV heads."""
-    checkpoint = tmp_path_factory.mktemp("checkpoint")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=144,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            max_position_embeddings=128,
-        )
+    checkpoint = make_random_llama(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=144,
+        intermediate_size=96,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=128,
     )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:  # far from uniform attention and logits
-                parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
-    model.save_pretrained(checkpoint)
     traced = trace_checkpoint(Checkpoint.open(str(checkpoint)), "float32", lambda _: None)
 
     def make(tp: int, pp: int, runtime: Runtime) -> Path:

@@ -16,7 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from trtforge.errors import CapacityError, RequestError
 from trtforge.runtime.request import EngineRequest, SamplingParams
 from trtforge.runtime.scheduling.kv_cache_manager import KVCacheConfig, KVCacheManager
-from trtforge.runtime.scheduling.scheduler import Scheduler, SchedulerLimits, SchedulerOutput
+from trtforge.runtime.scheduling.schedule import SchedulerLimits, SchedulerOutput
+from trtforge.runtime.scheduling.scheduler import Scheduler
 from trtforge.runtime.scheduling.sequence import Sequence
 
 MAX_MODEL_LEN = 20

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,15 +11,13 @@ from types import ModuleType
 
 import onnx
 import pytest
-import torch
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from trtforge import wire
 from trtforge.builder.build import BuildResult, build
 from trtforge.builder.lower import lower
 from trtforge.builder.options import BuildOptions
-from trtforge.errors import ConfigError
+from trtforge.errors import CapacityError, ConfigError
 from trtforge.manifest import LayerCache, Manifest
 from trtforge.plugins.op import DOMAIN
 
@@ -27,12 +27,9 @@ RunTrtforge = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+def checkpoint(make_random_llama: Callable[..., Path], tiny_tokenizer: Path) -> Path:
     """A random llama of three layers with 9 heads and 3 KV heads, as SmolLM2 has them."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    shutil.copytree(tiny_tokenizer, folder, dirs_exist_ok=True)
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    folder = make_random_llama(
         vocab_size=VOCAB_SIZE,
         hidden_size=9 * HEAD_DIM,
         intermediate_size=96,
@@ -42,7 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -
         max_position_embeddings=128,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    shutil.copytree(tiny_tokenizer, folder, dirs_exist_ok=True)
     return folder
 
 
@@ -190,3 +187,23 @@ def test_more_ranks_than_parts_are_refused_before_any_work(
     with pytest.raises(ConfigError, match=said):
         build(options(checkpoint, tmp_path / "repository", **values))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_embeddings_of_two_stages_need_room_on_the_disk(
+    is_tied: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tied ones are in the checkpoint once."""
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": is_tied}))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+
+    def needed_bytes(pp: int) -> int:
+        with pytest.raises(CapacityError, match="the build needs") as error:
+            build(options(model, tmp_path / "repository", pp=pp))
+        return int(re.findall(r"needs ([\d,]+):", str(error.value))[0].replace(",", ""))
+
+    embedding_bytes = 4 * VOCAB_SIZE * 9 * HEAD_DIM
+    assert needed_bytes(pp=2) - needed_bytes(pp=1) == is_tied * embedding_bytes

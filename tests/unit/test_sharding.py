@@ -10,10 +10,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from trtforge.builder.checkpoint import Checkpoint, TensorEntry
 from trtforge.builder.export import TracedModel, divide, trace_checkpoint
@@ -194,26 +192,9 @@ def test_numbers_that_share_a_scale_are_not_parted(kind: str, axis: int, said: s
 
 
 @pytest.fixture(scope="module")
-def traced(tmp_path_factory: pytest.TempPathFactory) -> TracedModel:
+def traced(tiny_llama: Path) -> TracedModel:
     """A llama of two layers with 4 heads and 2 KV heads of 16."""
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    hf = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in hf.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
-    hf.save_pretrained(folder)
-    return trace_checkpoint(Checkpoint.open(str(folder)), "float32", lambda _: None)
+    return trace_checkpoint(Checkpoint.open(str(tiny_llama)), "float32", lambda _: None)
 
 
 @pytest.fixture

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from onnxscript import ir
+
 from kernel_harness.scaled_add.launch import choices, plan
+from trtforge.plugins.body import Attributes, Body, Inputs
 from trtforge.plugins.launch import Kernels
 from trtforge.plugins.op import FLOATS, Array, Attribute, OpSpec, Tensor
 from trtforge.plugins.operator import Operator
@@ -22,8 +25,11 @@ def scaled_add(total: Array, x: Array, *, scale: float) -> Array:
     return (total.astype("float32") + scale * x.astype("float32")).astype(total.dtype)
 
 
-def _write_body(*_: object) -> None:
-    raise NotImplementedError("no runtime of the tests needs it")
+def write_body(body: Body, inputs: Inputs, attributes: Attributes) -> tuple[ir.Value]:
+    x = body("Cast", inputs["x"], to=ir.DataType.FLOAT)
+    scaled = body("Mul", x, float(attributes["scale"]))
+    total = body("Add", body("Cast", inputs["total"], to=ir.DataType.FLOAT), scaled)
+    return (body("CastLike", total, inputs["total"]),)
 
 
-OPERATOR = Operator(SCALED_ADD, scaled_add, _write_body, Kernels(plan, choices))
+OPERATOR = Operator(SCALED_ADD, scaled_add, write_body, Kernels(plan, choices))
