@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trtforge import wire
 from trtforge.errors import ConfigError, DeviceError, PluginError
 from trtforge.plugins.bundle import Bundle
 from trtforge.plugins.kernels import KERNELS
@@ -57,11 +56,15 @@ class Engine:
         )
         self._activations = stream.allocate(self.activation_bytes, "the engine's activations")
 
-    def inputs_on_host(self) -> list[str]:
-        """The step's inputs that have to be in host memory, because shapes follow from their values."""
+    def inputs_on_host(self, names: Iterable[str]) -> list[str]:
+        """Those of the inputs that have to be in host memory, because shapes follow from their values."""
         host = self._trt.TensorLocation.HOST
-        names = [tensor.name for tensor in wire.GRAPH_INPUTS]
         return [name for name in names if self._engine.get_tensor_location(name) == host]
+
+    def row_size(self, name: str) -> int:
+        """Numbers in a row of a tensor of rows."""
+        _, size = self._engine.get_tensor_shape(name)
+        return int(size)
 
     def create_context(self, profile: int) -> ExecutionContext:
         """A context for steps of this optimization profile."""

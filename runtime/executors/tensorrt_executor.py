@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from trtforge import wire
 from trtforge.engine_file import EngineHost, check_engine, engine_of
@@ -14,13 +13,21 @@ from trtforge.engine_options import EngineOptions
 from trtforge.errors import ConfigError, PluginError, ServerError
 from trtforge.manifest import KVCacheLayout, Manifest, element_bytes
 from trtforge.plugins.cuda_driver import Device
-from trtforge.runtime.executor import Float32Array, KVCacheSpec, ModelInputs, ModelOutputs
+from trtforge.runtime.executor import Float32Array, Int32Array, KVCacheSpec, ModelInputs, ModelOutputs
 from trtforge.runtime.executors.decode_batches import DecodeBatches, step_arrays
 from trtforge.runtime.executors.device_memory import ByteArray, CapturedWork, DeviceStream
 from trtforge.runtime.executors.memory_budget import resize
-from trtforge.runtime.executors.step_buffers import Shapes, StepBuffers, profile_for, shapes_of
+from trtforge.runtime.executors.step_buffers import (
+    LogitsBuffer,
+    Shapes,
+    StepBuffers,
+    profile_for,
+    shapes_of,
+)
 from trtforge.runtime.executors.step_checks import check_step
 from trtforge.runtime.executors.tensorrt_engine import Engine, ExecutionContext, register_plugins
+from trtforge.runtime.executors.tensorrt_links import StageLinks
+from trtforge.runtime.parallel.communicator import Communicator
 from trtforge.runtime.parallel.nccl import NcclCommunicator
 from trtforge.runtime.parallel.rank_view import RankContext, plan_rank_memory
 from trtforge.runtime.scheduling.block_moves import BlockMoves
@@ -44,8 +51,9 @@ class TensorRTExecutor:
     """Executes a built model's engine.
 
     Every tensor has one address for good. Decode steps of full TensorRT are CUDA graphs, each captured from a
-    context of its own, as TensorRT wants it; in a graph are the copies of inputs and logits too. Other steps
-    are enqueued in the context of the first profile that has room for them.
+    context of its own, as TensorRT wants it; in a graph are the copies of inputs and outputs too, not what
+    pipeline stages tell each other. Other steps are enqueued in the context of the first profile that has
+    room for them.
 
     With TensorRT-RTX no step is a graph: it executes the operators' bodies, whose shapes follow from the
     values of context_lens. A captured step would keep those of the step that it was captured from.
@@ -67,11 +75,6 @@ class TensorRTExecutor:
         Raises ConfigError if the package, a driver, a GPU that the engine was built for or a fitting file is
         missing, CapacityError if there is no memory, and DeviceError for what TensorRT or the GPU refuse.
         """
-        if context is not None and context.communicator.shape.pp_size > 1:
-            raise ConfigError(
-                f"{model_dir} has pipeline stages, which {manifest.runtime} does not execute yet: build it "
-                "with tensor parallelism alone"
-            )
         package = PACKAGES[manifest.runtime]
         version = load_package(package).__version__
         try:
@@ -87,34 +90,37 @@ class TensorRTExecutor:
         batches = DecodeBatches.of(manifest.limits, manifest.kv_cache.block_size)
         self._batches = batches if package == "tensorrt" else replace(batches, sizes=())
         self._stream = DeviceStream(gpu)
-        self._peers = None if context is None else NcclCommunicator(context.communicator)
+        communicator = None if context is None else context.communicator
+        self._peers: NcclCommunicator | None = None
+        if communicator is not None and communicator.shape.tp_size > 1:
+            self._peers = NcclCommunicator(communicator)
         capsule = None if self._peers is None else self._peers.capsule
         self._engine: Engine | None = Engine(path, package, self._stream, capsule)
+        self._names = _array_names(communicator)
         self._contexts = [self._engine.create_context(index) for index in range(len(self._profiles))]
         self._decode_contexts = {
             size: self._engine.create_context(self._decode_profile(size)) for size in self._batches.sizes
         }
-        on_host = self._engine.inputs_on_host()
+        on_host = self._engine.inputs_on_host(self._names)
         if on_host and self._batches.sizes:
             raise ConfigError(f"{path} reads {on_host} on the host, which decode steps as CUDA graphs cannot")
-        self._buffers = StepBuffers(self._profiles, self._stream, on_host)
+        self._buffers = StepBuffers(self._names, self._profiles, self._stream, on_host)
+        num_tokens, num_rows = (max(profile.dims[dim].max for profile in self._profiles) for dim in "TR")
+        self._links = StageLinks(communicator, self._engine, manifest.dtype, num_tokens, self._stream)
         start, stop = manifest.ranks[RANK].logits_columns
-        row_bytes = 4 * (stop - start)
-        logits_bytes = row_bytes * max(profile.dims["R"].max for profile in self._profiles)
-        self._logits = self._stream.allocate(logits_bytes, "the logits of a step")
         # More rows are wanted only for the log probabilities of prompts.
-        num_host_rows = manifest.limits.max_num_seqs
-        pinned = self._stream.allocate_pinned(row_bytes * num_host_rows, "the logits of a step")
-        self._host_logits: Float32Array = pinned.view(np.float32).reshape(num_host_rows, stop - start)
+        num_pinned_rows = manifest.limits.max_num_seqs
+        self._logits = LogitsBuffer(stop - start, num_rows, num_pinned_rows, self._stream)
+        step_buffers = (self._buffers, self._links, self._logits)
+        self._addresses = {name: at for buffer in step_buffers for name, at in buffer.addresses.items()}
 
-        step_bytes = self._engine.activation_bytes + self._buffers.num_bytes + logits_bytes
         budget = plan_rank_memory(
             manifest,
             options,
             self._stream.free_bytes(),
             context,
             cache_on_host=False,
-            step_bytes=step_bytes,
+            step_bytes=self._engine.activation_bytes + sum(buffer.num_bytes for buffer in step_buffers),
         )
         layout = resize(manifest.kv_cache, budget)
         self._spec = KVCacheSpec(layout.block_size, layout.num_blocks, budget.num_host_blocks)
@@ -146,20 +152,24 @@ class TensorRTExecutor:
 
         Raises ValueError, before anything is stored, for inputs that contradict each other, point outside
         the cache or the vocabulary, or make a larger step than the engine was built for; DeviceError for
-        what TensorRT or the GPU refuse.
+        what TensorRT or the GPU refuse, and ServerError if another rank fails. A rank's logits are those of
+        its columns; of a stage that is not the last there are none.
         """
         if self._engine is None:
             raise ServerError("the executor is closed")
         check_step(inputs, self._spec, self._vocab_size)
         self._stream.make_current()
+        num_tokens = len(inputs.input_ids)
         size = self._batches.size_for(inputs)
         if size is None:
             logits = self._enqueue(inputs)
         else:
-            self._buffers.stage(step_arrays(self._batches.pad(inputs, size)))
+            logits = self._logits.rows(len(inputs.logits_indices))
+            self._buffers.stage(self._arrays(self._batches.pad(inputs, size)))
+            self._links.receive(num_tokens, size)
             self._stream.launch(self._graphs[size])
-            logits = self._host_logits[: len(inputs.logits_indices)]
         self._stream.synchronize()
+        self._links.send(num_tokens)
         return ModelOutputs(logits=logits)
 
     def close(self) -> None:
@@ -175,31 +185,40 @@ class TensorRTExecutor:
             self._peers.close()
         self._stream.close()
 
+    def _arrays(self, inputs: ModelInputs) -> dict[str, Int32Array]:
+        """Those of a step that the engine reads."""
+        return {name: array for name, array in step_arrays(inputs).items() if name in self._names}
+
+    def _shapes(self, arrays: Mapping[str, Int32Array]) -> Shapes:
+        """Those of all inputs of a step with these arrays."""
+        shapes = shapes_of(arrays)
+        return {**shapes, **self._links.input_shapes(*shapes["position_ids"])}
+
     def _enqueue(self, inputs: ModelInputs) -> Float32Array:
         """Put a step of any kind on the stream; the logits are valid once it is done."""
-        arrays = step_arrays(inputs)
-        shapes = shapes_of(arrays)
+        arrays = self._arrays(inputs)
+        shapes = self._shapes(arrays)
         context = self._contexts[profile_for(self._profiles, shapes)]
-        num_rows = len(inputs.logits_indices)
-        if num_rows <= len(self._host_logits):
-            logits = self._host_logits[:num_rows]
-        else:
-            logits = np.empty((num_rows, self._host_logits.shape[1]), np.float32)
+        logits = self._logits.rows(len(inputs.logits_indices))
         self._buffers.stage(arrays)
         context.set_shapes(shapes)
+        self._links.receive(len(inputs.input_ids), len(inputs.input_ids))
         self._run(context, shapes, logits)
         return logits
 
     def _run(self, context: ExecutionContext, shapes: Shapes, logits: Float32Array) -> None:
         """Put a staged step on the stream, with its copies."""
+        (num_tokens,) = shapes["position_ids"]
         self._buffers.send(shapes)
+        self._links.copy_in(num_tokens)
         context.enqueue()
-        self._stream.copy_out(logits, self._logits)
+        self._links.copy_out(num_tokens)
+        self._logits.copy_out(logits)
 
     def _capture(self, size: int) -> CapturedWork:
-        arrays = step_arrays(self._batches.padding(size))
-        shapes = shapes_of(arrays)
-        context, logits = self._decode_contexts[size], self._host_logits[:size]
+        arrays = self._arrays(self._batches.padding(size))
+        shapes = self._shapes(arrays)
+        context, logits = self._decode_contexts[size], self._logits.rows(size)
         self._buffers.stage(arrays)
         context.set_shapes(shapes)
         self._run(context, shapes, logits)  # what is loaded or allocated by its first use is there then
@@ -207,7 +226,7 @@ class TensorRTExecutor:
         return self._stream.capture(lambda: self._run(context, shapes, logits))
 
     def _decode_profile(self, size: int) -> int:
-        return profile_for(self._profiles, shapes_of(step_arrays(self._batches.padding(size))))
+        return profile_for(self._profiles, shapes_of(self._arrays(self._batches.padding(size))))
 
     def _allocate_caches(self, layout: KVCacheLayout) -> list[_LayerCache]:
         caches = []
@@ -223,9 +242,17 @@ class TensorRTExecutor:
 
     def _bind(self, context: ExecutionContext, layout: KVCacheLayout) -> None:
         """Addresses of all tensors, and the shapes that are the same in every step."""
-        context.bind({**self._buffers.addresses, wire.LOGITS: self._logits})
+        context.bind(self._addresses)
         for index, (layer, cache) in enumerate(zip(layout.layers, self._caches, strict=True)):
             name = wire.kv_cache_input(index)
             context.bind({name: cache.address, wire.kv_cache_output(index): cache.address})
             shape = (layout.num_blocks, 2, layout.block_size, layer.num_kv_heads, layer.head_dim)
             context.set_shapes({name: shape})
+
+
+def _array_names(communicator: Communicator | None) -> tuple[str, ...]:
+    """The arrays of a step that a rank's engine reads; that of a model's only rank reads all."""
+    is_first = communicator is None or communicator.is_first
+    is_last = communicator is None or communicator.is_last
+    inputs = wire.stage_inputs(is_first=is_first, is_last=is_last)
+    return tuple(name for name in inputs if name != wire.HIDDEN_STATES)

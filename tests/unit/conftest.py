@@ -190,7 +190,7 @@ def make_threaded_ranks() -> Callable[..., Any]:
 def make_tensorrt_executor(
     tmp_path_factory: pytest.TempPathFactory, cuda_driver_folder: Path, make_manifest: Callable[..., Manifest]
 ) -> Callable[..., Executor]:
-    """`make_tensorrt_executor(runtime, limits=..., options=..., content=..., tp_size=..., **environment)`:
+    """`make_tensorrt_executor(runtime, limits=..., options=..., tp_size=..., pp_size=..., **environment)`:
     one in a process of its own, where driver and TensorRT are fake ones; see `fake_tensorrt/client.py`."""
     from fake_tensorrt.client import FakeTensorRTExecutor, write_model
 
@@ -201,13 +201,18 @@ def make_tensorrt_executor(
         options: EngineOptions | None = None,
         content: str | None = None,
         has_kernels: bool = True,
+        dtype: DType = "float32",
         tp_size: int = 1,
+        pp_size: int = 1,
         **environment: str,
     ) -> Executor:
         folder = tmp_path_factory.mktemp("engine")
-        manifest = make_manifest((LayerCache(num_kv_heads=1, head_dim=1),) * 2)
+        layers = (LayerCache(num_kv_heads=1, head_dim=1),) * 2
+        manifest = make_manifest(layers, dtype=dtype, kv_cache_dtype="float32")
         manifest = manifest.model_copy(update={"runtime": runtime, "limits": limits or manifest.limits})
-        manifest = write_model(folder, manifest, content=content, has_kernels=has_kernels, tp_size=tp_size)
+        manifest = write_model(
+            folder, manifest, content=content, has_kernels=has_kernels, tp_size=tp_size, pp_size=pp_size
+        )
         driver = {"LD_LIBRARY_PATH": str(cuda_driver_folder), "FAKE_CUDA_ARCH": "89"}
         return FakeTensorRTExecutor(folder, manifest, options or EngineOptions(), driver | environment)
 

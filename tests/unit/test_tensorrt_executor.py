@@ -5,12 +5,9 @@ That it computes the right thing is in test_executor_conformance.py.
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
-from fractions import Fraction
+from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_tensorrt.steps import INPUT_NAMES, names, step
 
 from trtforge.engine_options import EngineOptions
 from trtforge.errors import CapacityError, ConfigError, DeviceError, ServerError
@@ -25,13 +23,9 @@ from trtforge.manifest import DimRange, LayerCache, Limits, Manifest, Profile
 from trtforge.plugins.kernels import KERNELS
 from trtforge.runtime.executor import ModelInputs
 from trtforge.runtime.executors import create as executors
-from trtforge.runtime.executors.create import create_executor, create_rank_executor
+from trtforge.runtime.executors.create import create_executor
 from trtforge.runtime.executors.decode_batches import DecodeBatches
 from trtforge.runtime.executors.step_buffers import profile_for
-from trtforge.runtime.parallel.communicator import GroupShape
-from trtforge.runtime.parallel.memory_communicator import MemoryCommunicator, communicator_bytes
-from trtforge.runtime.parallel.rank_view import RankContext
-from trtforge.runtime.parallel.shared_memory import SharedMemory
 from trtforge.runtime.scheduling.block_moves import BlockMoves
 
 Make = Callable[..., Any]  # see the fixture make_tensorrt_executor
@@ -40,30 +34,6 @@ LIMITS = Limits(max_model_len=200, max_num_seqs=3, max_num_batched_tokens=64)
 DECODE_SIZES = (1, 2, 3)
 BLOCK_BYTES = 32 * 2 * 4  # of one layer
 LAYERS = (LayerCache(num_kv_heads=1, head_dim=1),)
-INPUT_NAMES = set(ModelInputs.__slots__)
-
-
-def step(num_seqs: int, num_tokens: int = 1, past: int = 0) -> ModelInputs:
-    """`num_tokens` new ones of each sequence, which has `past` others, in blocks of its own; all logits."""
-    length = past + num_tokens
-    width = -(-length // 32)
-    positions = np.tile(np.arange(past, length), num_seqs)
-    tables = np.arange(num_seqs * width).reshape(num_seqs, width)
-    rows = np.repeat(np.arange(num_seqs), num_tokens)
-    arrays = {
-        "input_ids": positions % 100,
-        "position_ids": positions,
-        "block_tables": tables,
-        "cu_seqlens": np.arange(num_seqs + 1) * num_tokens,
-        "context_lens": np.full(num_seqs, length),
-        "slot_mapping": tables[rows, positions // 32] * 32 + positions % 32,
-        "logits_indices": np.arange(num_seqs * num_tokens),
-    }
-    return ModelInputs(**{name: array.astype(np.int32) for name, array in arrays.items()})
-
-
-def names(calls: Iterable[str]) -> Counter[str]:
-    return Counter(call.split()[0] for call in calls)
 
 
 @pytest.fixture(scope="module")
@@ -344,48 +314,3 @@ def test_batches_hold_the_wanted_rows_too() -> None:
     assert batches.size_for(step(1, past=128)) is None  # longer than a sequence may get
     for size in batches.sizes:
         assert batches.size_for(batches.padding(size)) == size
-
-
-# --------------------------------------------------------------------------- several ranks
-
-
-def test_ranks_meet_in_nccl_and_share_the_columns(make_tensorrt_executor: Make, executor: Any) -> None:
-    """A process and a GPU each. What NCCL adds up is in no fake engine."""
-    made = make_tensorrt_executor("tensorrt", limits=LIMITS, tp_size=2)
-    calls = [call.split() for call in made.calls()]
-    (unique_id,) = [call[3] for call in calls if call[0] == "ncclGetUniqueId"]
-    joined = [call[1:] for call in calls if call[0] == "ncclCommInitRank"]
-    assert sorted(joined) == [["2", "0", unique_id], ["2", "1", unique_id]]
-    assert sorted(call[1] for call in calls if call[0] == "cuDeviceGet") == ["0", "1"]
-    # Two profiles and a context for each size of decode steps, in both ranks.
-    assert names(" ".join(call) for call in calls)["set_communicator"] == 2 * (2 + len(DECODE_SIZES))
-    assert made.kv_cache_spec() == executor.kv_cache_spec()
-    for inputs in (step(2, 10), step(2, 1, past=10), step(3)):
-        np.testing.assert_array_equal(made.execute(inputs).logits, executor.execute(inputs).logits)
-    made.close()
-    assert names(made.calls())["ncclCommDestroy"] == 2
-
-
-def test_what_nccl_refuses_ends_all_ranks(make_tensorrt_executor: Make) -> None:
-    with pytest.raises(DeviceError, match=r"rank \d failed: NCCL failed in ncclCommInitRank: invalid usage"):
-        make_tensorrt_executor("tensorrt", limits=LIMITS, tp_size=2, FAKE_NCCL_FAIL="ncclCommInitRank")
-
-
-def test_without_nccl_several_ranks_are_refused(
-    make_tensorrt_executor: Make, cuda_driver_folder: Path, tmp_path: Path
-) -> None:
-    shutil.copy(cuda_driver_folder / "libcuda.so.1", tmp_path)
-    with pytest.raises(ConfigError, match="needs NCCL: pip install nvidia-nccl-cu13"):
-        make_tensorrt_executor("tensorrt", limits=LIMITS, tp_size=2, LD_LIBRARY_PATH=str(tmp_path))
-
-
-def test_pipeline_stages_are_refused(make_manifest: Callable[..., Manifest], tmp_path: Path) -> None:
-    shape = GroupShape(1, 2)
-    memory, fd = SharedMemory.create(communicator_bytes(shape))
-    os.close(fd)
-    context = RankContext(
-        MemoryCommunicator(memory, shape, 0), Fraction(1), Fraction(1), 0, lambda budget: budget
-    )
-    manifest = make_manifest(LAYERS).model_copy(update={"runtime": "tensorrt"})
-    with pytest.raises(ConfigError, match="pipeline stages, which tensorrt does not execute yet"):
-        create_rank_executor(manifest, tmp_path, EngineOptions(), context)

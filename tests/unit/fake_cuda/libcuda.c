@@ -5,7 +5,7 @@
    included. So a launch records the very bytes that a GPU would have got.
    FAKE_CUDA_ARCH is the compute capability; FAKE_CUDA_FAIL, "FUNCTION CODE", makes a function fail.
 
-   Device memory is host memory full of ones, FAKE_CUDA_BYTES of it. A stream does its work, copies and host
+   Device memory is host memory, FAKE_CUDA_BYTES of it; all that is allocated is full of ones. A stream does its work, copies and host
    functions, when it is synchronized and not before, and refuses copies from or to device memory that nobody
    has allocated, and any work of a thread in which no context is current. */
 
@@ -205,7 +205,7 @@ int cuMemFree(unsigned long long pointer) {
 }
 
 int cuMemHostAlloc(void **pointer, size_t num_bytes, unsigned flags) {
-    *pointer = malloc(num_bytes);
+    *pointer = memset(malloc(num_bytes), 0xff, num_bytes);
     return called("cuMemHostAlloc", " %zu %u", num_bytes, flags);
 }
 

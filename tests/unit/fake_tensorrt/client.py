@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import socket
@@ -13,10 +12,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from trtforge import wire
 from trtforge.builder.profiles import make_profiles
 from trtforge.engine_options import EngineOptions
 from trtforge.integrity import file_digest
-from trtforge.manifest import KERNELS_FOLDER, EngineInfo, Manifest
+from trtforge.manifest import KERNELS_FOLDER, EngineInfo, Manifest, Rank
 from trtforge.plugins.bundle import MANIFEST_FILE as BUNDLE_FILE
 from trtforge.plugins.bundle import BundleManifest
 from trtforge.runtime.executor import KVCacheSpec, ModelInputs, ModelOutputs
@@ -25,41 +25,56 @@ from trtforge.runtime.scheduling.block_moves import BlockMoves
 FOLDER = Path(__file__).parent
 
 
+HIDDEN_SIZE = 3  # as the stand-in has it
+
+
 def write_model(
-    folder: Path, manifest: Manifest, *, content: str | None, has_kernels: bool, tp_size: int = 1
+    folder: Path,
+    manifest: Manifest,
+    *,
+    content: str | None,
+    has_kernels: bool,
+    tp_size: int = 1,
+    pp_size: int = 1,
 ) -> Manifest:
     """Fake engines for sm_89 in `folder`, one a rank, beside a bundle without kernels, and the manifest with
     them.
 
     `content` is what the files hold instead of those engines.
     """
-    vocab_size = manifest.model.vocab_size
+    layers, vocab_size = manifest.kv_cache.layers, manifest.model.vocab_size
     bounds = [vocab_size * rank // tp_size for rank in range(tp_size + 1)]
-    ranks = tuple(
-        manifest.ranks[0].model_copy(
-            update={
-                "engine": _write_engine(folder / f"model{rank}.engine", manifest, columns, content),
-                "logits_columns": columns,
-            }
-        )
-        for rank, columns in enumerate(itertools.pairwise(bounds))
-    )
+    ranks = []
+    for number in range(tp_size * pp_size):
+        stage, place = divmod(number, tp_size)
+        own = slice(len(layers) * stage // pp_size, len(layers) * (stage + 1) // pp_size)
+        columns = (bounds[place], bounds[place + 1]) if stage == pp_size - 1 else (0, 0)
+        rank = Rank(onnx=manifest.ranks[0].onnx, kv_layers=layers[own], logits_columns=columns)
+        engine = _write_engine(folder / f"model{number}.engine", manifest, rank, content, is_first=stage == 0)
+        ranks.append(rank.model_copy(update={"engine": engine}))
     if has_kernels:
         bundle = BundleManifest(compiler="none", compiler_version="0", cubins=())
         (folder / KERNELS_FOLDER).mkdir()
         (folder / KERNELS_FOLDER / BUNDLE_FILE).write_text(bundle.model_dump_json())
-    return manifest.model_copy(update={"ranks": ranks, "tp_size": tp_size})
+    sizes = {"tp_size": tp_size, "pp_size": pp_size}
+    return manifest.model_copy(update={"ranks": tuple(ranks), **sizes})
 
 
 def _write_engine(
-    path: Path, manifest: Manifest, columns: tuple[int, int], content: str | None
+    path: Path, manifest: Manifest, rank: Rank, content: str | None, *, is_first: bool
 ) -> EngineInfo:
     package = manifest.runtime.replace("-", "_")
     profiles = make_profiles(package, manifest.limits, manifest.kv_cache)
+    start, stop = rank.logits_columns
+    is_last = start < stop
     engine = {
-        "first_token": columns[0],
-        "vocab_size": columns[1] - columns[0],
-        "num_layers": len(manifest.kv_cache.layers),
+        "inputs": wire.stage_inputs(is_first=is_first, is_last=is_last),
+        "output": wire.stage_output(is_last=is_last),
+        "first_token": start,
+        "vocab_size": stop - start,
+        "num_layers": len(rank.kv_layers),
+        "hidden_size": HIDDEN_SIZE,
+        "dtype": manifest.dtype,
         "activation_bytes": [1000 * (index + 1) for index in range(len(profiles))],
         "profiles": [{name: (dim.min, dim.max) for name, dim in p.dims.items()} for p in profiles],
     }

@@ -1,8 +1,12 @@
 """Stands in for TensorRT-RTX where there is no GPU: its runtime's classes, as far as an executor uses them.
 
-An "engine" is JSON: vocab_size (of the rank, from first_token), num_layers, profiles (smallest and largest
-sizes), activation_bytes of each. It computes logits that are a function of all tokens of a sequence. Every
-layer has a cache of one head of one float32 and keeps the same there: keys are tokens, values are positions.
+An "engine" is JSON: inputs and output (names, without caches), vocab_size (of the rank, from first_token),
+num_layers, hidden_size and dtype of hidden states, profiles (smallest and largest sizes), activation_bytes of
+each. It computes logits that are a function of all tokens of a sequence. Every layer has a cache of one head
+of one float32 and keeps the same there: keys are tokens, values are positions.
+
+Stages hand on hidden states: a token, what its stage's caches make of all tokens up to it, its position. A
+stage whose own caches make something else of them, or whose padding is not zeros, computes NaN.
 
 Work is put on the stream of the fake driver with the shapes and addresses that it has when it is enqueued: so
 captured work does what a captured graph does. What TensorRT would refuse is logged and refused here too.
@@ -32,6 +36,7 @@ _INPUTS = {
     "context_lens": ("B",),
     "slot_mapping": ("T",),
     "logits_indices": ("R",),
+    "hidden_states": ("T", "hidden"),
 }
 
 
@@ -80,7 +85,13 @@ class Engine:
     def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
         return int(self.values["activation_bytes"][profile])
 
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        assert name in (*self.values["inputs"], self.values["output"])
+        assert name in ("hidden_states", "hidden_states_out")
+        return (-1, self.values["hidden_size"])
+
     def get_tensor_location(self, name: str) -> TensorLocation:
+        assert name in self.values["inputs"]
         is_host = name == os.environ.get("FAKE_TENSORRT_HOST_INPUT")
         return TensorLocation.HOST if is_host else TensorLocation.DEVICE
 
@@ -119,19 +130,26 @@ class Context:
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         LOG.append(("shape", id(self), name, shape))
         self._shapes[name] = shape
+        if name not in self._names():
+            return self._refuse(f"{name} is no tensor of the engine")
         if name not in _INPUTS:
             return True
-        ranges = self._engine.values["profiles"][self._profile]
+        hidden = self._engine.values["hidden_size"]
+        ranges = {**self._engine.values["profiles"][self._profile], "hidden": (hidden, hidden)}
         fits = all(ranges[dim][0] <= n <= ranges[dim][1] for dim, n in zip(_INPUTS[name], shape, strict=True))
         return fits or self._refuse(f"{name} {shape} is outside the profile {self._profile}")
 
     def execute_async_v3(self, stream: int) -> bool:
         LOG.append(("enqueue", id(self), self._profile))
-        if os.environ.get("FAKE_TENSORRT_FAIL") == "enqueue":
+        failing, _, tensor = os.environ.get("FAKE_TENSORRT_FAIL", "").partition(" ")
+        if failing == "enqueue" and (not tensor or tensor in self._names()):
             return self._refuse("a plugin failed")
         missing = self._names() - self._addresses.keys()
         if missing:
             return self._refuse(f"no address of {sorted(missing)}")
+        missing = set(self._engine.values["inputs"]) - self._shapes.keys()
+        if missing:
+            return self._refuse(f"no shape of {sorted(missing)}")
         if self._memory[1] < self._engine.get_device_memory_size_for_profile_v2(self._profile):
             return self._refuse("not enough device memory")
         addresses, shapes = dict(self._addresses), dict(self._shapes)
@@ -143,7 +161,7 @@ class Context:
     def _names(self) -> set[str]:
         caches = range(self._engine.values["num_layers"])
         return (
-            {*_INPUTS, "logits"}
+            {*self._engine.values["inputs"], self._engine.values["output"]}
             | {f"kv_cache.{layer}" for layer in caches}
             | {f"kv_cache_out.{layer}" for layer in caches}
         )
@@ -154,33 +172,58 @@ class Context:
 
 
 def _compute(addresses: dict[str, int], shapes: dict[str, tuple[int, ...]], engine: Any) -> None:
-    def array(name: str, shape: tuple[int, ...], kind: Any = ctypes.c_int32) -> Any:
-        size = int(np.prod(shape))
-        return np.ctypeslib.as_array((kind * size).from_address(addresses[name])).reshape(shape)
+    def array(name: str, shape: tuple[int, ...], dtype: str = "int32") -> Any:
+        num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        data = np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(addresses[name]))
+        return data.view(dtype).reshape(shape)
 
-    step = {name: array(name, shapes[name]) for name in _INPUTS}
-    tokens, positions, slots = step["input_ids"], step["position_ids"], step["slot_mapping"]
+    step = {
+        name: array(name, shapes[name], engine["dtype"] if name == "hidden_states" else "int32")
+        for name in engine["inputs"]
+    }
+    handed = step.get("hidden_states")
+    tokens = step["input_ids"] if handed is None else handed[:, 0]
+    positions, slots = step["position_ids"], step["slot_mapping"]
     histories = []
     for layer in range(engine["num_layers"]):
         assert addresses[f"kv_cache.{layer}"] == addresses[f"kv_cache_out.{layer}"]
-        cache = array(f"kv_cache.{layer}", shapes[f"kv_cache.{layer}"], ctypes.c_float)
+        cache = array(f"kv_cache.{layer}", shapes[f"kv_cache.{layer}"], "float32")
         block_size = cache.shape[2]
         stored = slots >= 0
         blocks, offsets = slots[stored] // block_size, slots[stored] % block_size
         cache[blocks, 0, offsets, 0, 0] = tokens[stored]
         cache[blocks, 1, offsets, 0, 0] = positions[stored]
         histories.append(_histories(cache, step, block_size))
-    assert all(np.array_equal(history, histories[0]) for history in histories), "layers differ"
-    logits = array("logits", (len(histories[0]), engine["vocab_size"]), ctypes.c_float)
-    first = engine["first_token"]
-    logits[:] = np.cos(np.outer(histories[0], np.arange(first + 1, first + engine["vocab_size"] + 1)))
+    same = (np.array_equal(history, histories[0], equal_nan=True) for history in histories)
+    assert all(same), "layers differ"
+    _write(array, engine, step, handed, histories[0])
+
+
+def _write(array: Any, engine: Any, step: dict[str, Any], handed: Any, history: Any) -> None:
+    """The output, of what the caches make of each token."""
+    positions = step["position_ids"]
+    if handed is not None:
+        expected = np.stack([handed[:, 0], history, positions], axis=1).astype(engine["dtype"])
+        expected[step["slot_mapping"] < 0] = 0
+        if not np.array_equal(handed, expected):
+            history = np.full_like(history, np.nan)
+    if engine["output"] == "hidden_states_out":
+        tokens = step["input_ids"] if handed is None else handed[:, 0]
+        out = array("hidden_states_out", (len(positions), engine["hidden_size"]), engine["dtype"])
+        out[:] = np.stack([tokens, history, positions], axis=1)
+    else:
+        wanted = history[step["logits_indices"]]
+        logits = array("logits", (len(wanted), engine["vocab_size"]), "float32")
+        first = engine["first_token"]
+        logits[:] = np.cos(np.outer(wanted, np.arange(first + 1, first + engine["vocab_size"] + 1)))
 
 
 def _histories(cache: Any, step: dict[str, Any], block_size: int) -> Any:
-    """[R] a number for all tokens up to each wanted one."""
-    sequences = np.searchsorted(step["cu_seqlens"], step["logits_indices"], side="right") - 1
+    """[T] a number for all tokens up to each one."""
+    rows = np.arange(len(step["position_ids"]))
+    sequences = np.searchsorted(step["cu_seqlens"], rows, side="right") - 1
     numbers = []
-    for row, sequence in zip(step["logits_indices"], sequences, strict=True):
+    for row, sequence in zip(rows, sequences, strict=True):
         slots = np.arange(step["position_ids"][row] + 1)
         blocks = step["block_tables"][sequence, slots // block_size]
         keys = cache[blocks, 0, slots % block_size, 0, 0].astype(np.float64)
