@@ -15,6 +15,7 @@ from rich.console import Console
 
 from trtforge import wire
 from trtforge.builder.build import BuildResult, build
+from trtforge.builder.engine_facts import read_facts
 from trtforge.builder.lower import lower
 from trtforge.builder.options import BuildOptions
 from trtforge.errors import CapacityError, ConfigError
@@ -172,6 +173,29 @@ def test_engines_of_all_ranks(checkpoint: Path, tmp_path: Path, tensorrt_rtx: Mo
     for engine, rank in zip(engines, result.report.ranks, strict=True):
         assert engine.size_bytes == (result.folder / "1" / engine.file).stat().st_size == rank.engine_bytes
         assert engine.size_bytes > 0.9 * rank.weight_bytes
+
+
+def test_engines_of_stages_read_and_give_what_executors_bind(
+    checkpoint: Path, tmp_path: Path, tensorrt_rtx: ModuleType
+) -> None:
+    values = {"runtime": "tensorrt-rtx", "dtype": "bfloat16", "gpus": ("sm_89",), "engine_cache": None}
+    result = build(options(checkpoint, tmp_path / "repository", pp=2, **values))
+    for number, rank in enumerate(result.manifest.ranks):
+        network = read_facts(result.folder / "1" / rank.engine.file)
+        is_first, is_last = number == 0, number == 1
+        layers = range(len(rank.kv_layers))
+        assert [tensor.name for tensor in network.inputs] == [
+            *wire.stage_inputs(is_first=is_first, is_last=is_last),
+            *map(wire.kv_cache_input, layers),
+        ]
+        assert [tensor.name for tensor in network.outputs] == [
+            wire.stage_output(is_last=is_last),
+            *map(wire.kv_cache_output, layers),
+        ]
+    first, last = (read_facts(result.folder / "1" / rank.engine.file) for rank in result.manifest.ranks)
+    # The size of a row is known, so that there can be memory for it before a step.
+    for handed in (first.outputs[0], last.inputs[0]):
+        assert (handed.dtype, handed.dims[1]) == ("bfloat16", 9 * HEAD_DIM)
 
 
 @pytest.mark.parametrize(
