@@ -15,6 +15,7 @@ import torch
 from trtforge.builder.checkpoint import Checkpoint, read_json
 from trtforge.builder.meta_model import build_meta_model
 from trtforge.builder.optimize import optimize
+from trtforge.builder.quantization.cache_scales import attach_cache_scales
 from trtforge.builder.quantization.lowering import quantize_linears
 from trtforge.builder.quantization.policy import (
     InputScales,
@@ -159,6 +160,8 @@ def trace_checkpoint(
     weights = detach_weights(model.graph)
     optimize(model)
     attach_weights(model.graph, weights, sources, WEIGHT_PREFIX)
+    if cache_dtype == "float8_e4m3fn":
+        attach_cache_scales(model.graph, checkpoint.cache_scales)
     parameters = {id(parameter): parameter.numel() for parameter in hf.parameters()}
     return TracedModel(
         model=model,

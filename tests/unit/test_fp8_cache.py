@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
@@ -19,9 +23,11 @@ from trtforge import wire
 from trtforge.builder.checkpoint import Checkpoint
 from trtforge.builder.export import ExportedModel, export_model, write_graph
 from trtforge.builder.inspection.graph_facts import GraphFacts, read_model
+from trtforge.builder.quantization.cache_scales import attach_cache_scales
 from trtforge.engine_options import EngineOptions
-from trtforge.errors import ConfigError
+from trtforge.errors import ConfigError, ExportError
 from trtforge.manifest import DType, Limits, Manifest
+from trtforge.plugins.paged_attention.op import PAGED_ATTENTION
 from trtforge.runtime.engine.core import EngineCore
 from trtforge.runtime.executors.create import create_executor
 from trtforge.runtime.executors.reference_executor import ReferenceExecutor
@@ -200,3 +206,99 @@ def test_swapped_and_shared_blocks_change_nothing(model: tuple[Path, Manifest]) 
     assert (stats.num_preemptions, stats.num_prefix_hits) == (0, 0)
     assert tokens == alone
     assert all(len(answer) == 30 for answer in tokens.values())
+
+
+# --------------------------------------------------------------------------- scales of checkpoints
+
+SCALES: Scales = {(0, "k"): 0.3, (0, "v"): 0.007, (1, "v"): 0.002}  # the last one saturates
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False, "strategy": "tensor"},
+}
+
+
+def save_with_scales(
+    model: Path, folder: Path, settings: dict[str, Any], name: str, scales: dict[Any, Any]
+) -> dict[str, torch.Tensor]:
+    """Make `folder` the model with projections of e4m3 and scales of its cache; returns the projections."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    weights = {}
+    for key in [key for key in tensors if key.endswith("_proj.weight")]:
+        tensors[key] = tensors[key].to(torch.float8_e4m3fn)
+        tensors[f"{key}_scale"] = torch.ones(1)
+        weights[key] = tensors[key].float()
+    for (layer, kind), scale in scales.items():
+        tensors[f"model.layers.{layer}.self_attn.{name.format(kind)}"] = torch.tensor(scale)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return weights
+
+
+@pytest.fixture
+def graph(model: tuple[Path, Manifest]) -> ir.Graph:
+    return ir.load(model[0] / "model.onnx").graph
+
+
+def scales_of(graph: ir.Graph) -> Scales:
+    """Of its attention nodes, in order."""
+    names = [tensor.name for tensor in PAGED_ATTENTION.inputs]
+    return {
+        (layer, name[0]): float(value.const_value.numpy().item())
+        for layer, node in enumerate(node for node in graph if node.op_type == PAGED_ATTENTION.name)
+        for name, value in zip(names, node.inputs, strict=False)
+        if name in ("k_scale", "v_scale") and value is not None
+    }
+
+
+def test_scales_of_a_checkpoint_are_those_of_its_cache(
+    tiny_llama: Path, tmp_path: Path, make_manifest: MakeManifest, drive: Drive
+) -> None:
+    weights = save_with_scales(tiny_llama, tmp_path / "model", MODELOPT, "{0}_proj.{0}_scale", SCALES)
+    exported = export(tmp_path / "model", tmp_path, "float32", lowering="plugin")
+    manifest = make_manifest(exported.layers, kv_cache_dtype="float8_e4m3fn")
+    logits = drive(ReferenceExecutor(tmp_path, manifest, device=CPU)).run(STEPS)["a"]
+    hf = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        for key, weight in weights.items():
+            hf.get_parameter(key).copy_(weight)
+    assert distance(logits, hugging_face_logits(hf, SCALES)) < 2e-3
+    assert distance(logits, hugging_face_logits(hf, {})) > 0.02
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [(MODELOPT, "{0}_proj.{0}_scale"), (COMPRESSED, "{0}_scale"), (COMPRESSED, "{0}_proj.output_scale")],
+)
+def test_names_of_scales(
+    tiny_llama: Path, tmp_path: Path, graph: ir.Graph, settings: dict[str, Any], name: str
+) -> None:
+    """One of 1 is not needed, and one of a layer that is not built neither."""
+    save_with_scales(tiny_llama, tmp_path / "model", settings, name, SCALES | {(1, "k"): 1.0, (2, "k"): 3.0})
+    attach_cache_scales(graph, Checkpoint.open(str(tmp_path / "model")).cache_scales)
+    assert scales_of(graph) == pytest.approx(SCALES)
+
+
+@pytest.mark.parametrize(
+    "change", [{"kv_cache_scheme": {"num_bits": 8, "type": "int"}}, {"kv_cache_quant_algo": "INT8"}]
+)
+def test_scales_of_another_kind_of_cache_are_left_out(
+    tiny_llama: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    save_with_scales(tiny_llama, tmp_path / "model", COMPRESSED | change, "{0}_scale", SCALES)
+    checkpoint = Checkpoint.open(str(tmp_path / "model"))
+    assert not checkpoint.cache_scales
+    assert not any("k_scale" in name for name in checkpoint.tensors)
+
+
+@pytest.mark.parametrize("scale", [[0.5, 0.25], 0.0, np.nan])
+def test_scales_that_no_cache_has_are_refused(
+    tiny_llama: Path, tmp_path: Path, graph: ir.Graph, scale: Any
+) -> None:
+    save_with_scales(tiny_llama, tmp_path / "model", COMPRESSED, "{0}_scale", {(1, "v"): scale})
+    scales = Checkpoint.open(str(tmp_path / "model")).cache_scales
+    with pytest.raises(ExportError, match=r"layers\.1\.self_attn\.v_scale is .* one positive scale a layer"):
+        attach_cache_scales(graph, scales)
