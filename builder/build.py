@@ -163,6 +163,7 @@ def _fill(
             checkpoint,
             plan.dtype,
             plan.parallelism,
+            cache_dtype=plan.graph_cache_dtype,
             quantization=plan.quantization,
             lowering=plan.lowering,
             input_scales=scales,

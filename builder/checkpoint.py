@@ -81,6 +81,7 @@ class Checkpoint:
     # By the weight's name; also weights that have to be computed.
     quantized: Mapping[str, QuantizedLinear | ComputedWeight] = field(default_factory=dict)
     gguf: Path | None = None  # the file that the weights are in
+    cache_scales: Mapping[str, TensorEntry] = field(default_factory=dict)  # of a KV cache of e4m3
 
     @classmethod
     def open(cls, model: str) -> Checkpoint:
@@ -104,7 +105,9 @@ class Checkpoint:
             return cls(folder, config, tensors, _common_dtype(folder, tensors))
         method = str(settings.get("quant_method"))
         found = find_quantized(method, settings, tensors)
-        return cls(folder, config, found.rest, _common_dtype(folder, found.rest), method, found.linears)
+        dtype = _common_dtype(folder, found.rest)
+        scales = found.cache_scales
+        return cls(folder, config, found.rest, dtype, method, found.linears, cache_scales=scales)
 
     @property
     def tokenizer(self) -> Path:

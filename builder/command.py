@@ -109,7 +109,10 @@ def build(
     ] = None,
     kv_cache_dtype: Annotated[
         KVCacheChoice,
-        typer.Option(help="Of keys and values; auto is that of --dtype, int8 is for openvino alone."),
+        typer.Option(
+            help="Of keys and values in the cache; auto is that of --dtype, fp8 (e4m3) for reference and "
+            "tensorrt, int8 for openvino."
+        ),
     ] = "auto",
     gpu: Annotated[
         list[str] | None,

@@ -47,13 +47,13 @@ def choose_target(
     *,
     workspace_bytes: int | None = None,
     weight_streaming: bool = False,
-    needs_fp8: bool = False,
+    fp8_option: str | None = None,
 ) -> EngineTarget:
     """The target for GPUs such as "sm_89"; without any all that the package can build for. That is this
     machine's GPU alone for full TensorRT, which also needs the compiler of its plugins' kernels.
 
     Raises ConfigError if the package or the compiler is not installed, or if it cannot build for one of the
-    GPUs, which with `needs_fp8` have to have 8-bit floats.
+    GPUs, which for `fp8_option`, if it is given, have to have 8-bit floats.
     """
     package = PACKAGES[runtime]
     trt = load_package(package)
@@ -67,14 +67,15 @@ def choose_target(
             f"--gpu {unknown[0]} is not possible with {package} {trt.__version__}, which builds "
             f"for {_gpu_names(known)} here"
         )
-    if needs_fp8:
-        lacking = without_fp8(chosen)
+    if fp8_option is not None:
+        able = tuple(capability for capability in known if not without_fp8([capability]))
+        lacking = without_fp8(chosen) if able else known
         if lacking:
             raise ConfigError(
-                f"--fp8 is not possible for {_gpu_names(lacking)}: GPUs have 8-bit floats from sm_89 on; "
-                "leave one of the two out"
+                f"{fp8_option} is not possible for {_gpu_names(lacking)}: GPUs have 8-bit floats from sm_89 "
+                "on; leave one of the two out"
             )
-        known = tuple(capability for capability in known if not without_fp8([capability]))
+        known = able
     return EngineTarget(
         package, trt.__version__, chosen or known, workspace_bytes, weight_streaming=weight_streaming
     )
@@ -222,7 +223,8 @@ class Network:
 def _dtype_name(tensor: Any) -> str:
     """As numpy calls it."""
     name: str = tensor.dtype.name
-    return {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}.get(name, name.lower())
+    others = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8_e4m3fn"}
+    return others.get(name, name.lower())
 
 
 def _compute_capabilities(trt: Any) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import torch
 from trtforge.builder.checkpoint import Checkpoint, read_json
 from trtforge.builder.meta_model import build_meta_model
 from trtforge.builder.optimize import optimize
+from trtforge.builder.quantization.cache_scales import attach_cache_scales
 from trtforge.builder.quantization.lowering import quantize_linears
 from trtforge.builder.quantization.policy import (
     InputScales,
@@ -36,7 +37,7 @@ from trtforge.builder.weights import (
     locate_weights,
 )
 from trtforge.builder.weights_file import write_weights
-from trtforge.manifest import DType, LayerCache
+from trtforge.manifest import CacheDType, DType, LayerCache
 from trtforge.plugins.paged_attention.op import PAGED_ATTENTION
 
 ONNX_FILE = "model.onnx"
@@ -73,6 +74,7 @@ def export_model(
     checkpoint: Checkpoint,
     dtype: DType,
     *,
+    cache_dtype: CacheDType | None = None,
     quantization: Quantization | None = None,
     lowering: Lowering | None = None,
     input_scales: InputScales | None = None,
@@ -83,6 +85,7 @@ def export_model(
         checkpoint,
         dtype,
         Parallelism(),
+        cache_dtype=cache_dtype,
         quantization=quantization,
         lowering=lowering,
         input_scales=input_scales,
@@ -96,6 +99,7 @@ def export_ranks(
     dtype: DType,
     parallelism: Parallelism,
     *,
+    cache_dtype: CacheDType | None = None,
     quantization: Quantization | None = None,
     lowering: Lowering | None = None,
     input_scales: InputScales | None = None,
@@ -104,14 +108,16 @@ def export_ranks(
     """Trace the model in `dtype`, divide it, and attach the checkpoint's weights, rounded as `quantization`
     says.
 
-    `lowering` is how projections with quantized weights are expressed; None if there are none. `input_scales`
-    are of projections that `quantization` rounds. Peak memory
-    does not depend on the model's size: tracing happens on the meta device. `on_stage` is told what begins.
+    `cache_dtype` is that of keys and values as they are stored; None: `dtype`. `lowering` is how projections
+    with quantized weights are expressed; None if there are none. `input_scales` are of projections that
+    `quantization` rounds. Peak memory does not depend on the model's size: tracing happens on the meta
+    device. `on_stage` is told what begins.
+
     Raises ExportError, naming the reason, for a model that cannot be expressed or divided, and ConfigError
     for a quantization that cannot be applied to it and for more ranks than it has parts.
     """
     stage = on_stage or (lambda _: None)
-    traced = trace_checkpoint(checkpoint, dtype, stage, quantization)
+    traced = trace_checkpoint(checkpoint, dtype, stage, quantization, cache_dtype)
     stage("divide")
     return divide(traced, parallelism, quantization, lowering, input_scales)
 
@@ -135,9 +141,13 @@ def trace_checkpoint(
     dtype: DType,
     on_stage: Callable[[str], None],
     quantization: Quantization | None = None,
+    cache_dtype: CacheDType | None = None,
 ) -> TracedModel:
-    """Trace the model in `dtype`. Raises ExportError, naming the reason, if it cannot be expressed, and
-    ConfigError for a `quantization` that cannot be applied to it."""
+    """Trace the model in `dtype`, with caches of `cache_dtype` or else of `dtype`.
+
+    Raises ExportError, naming the reason, if it cannot be expressed, and ConfigError for a `quantization`
+    that cannot be applied to it.
+    """
     on_stage("model")
     hf = build_meta_model(checkpoint.config, getattr(torch, dtype))
     sources = locate_weights(hf, checkpoint)
@@ -145,11 +155,13 @@ def trace_checkpoint(
         # Before the trace, which takes minutes with a large model.
         check_exclusions([source.name for source in sources.values()], quantization.exclude)
         check_projections(_in_features(hf, sources), quantization)
-    model, layers = trace(hf, getattr(torch, dtype), on_stage)
+    model, layers = trace(hf, getattr(torch, cache_dtype or dtype), on_stage)
     on_stage("optimize")
     weights = detach_weights(model.graph)
     optimize(model)
     attach_weights(model.graph, weights, sources, WEIGHT_PREFIX)
+    if cache_dtype == "float8_e4m3fn":
+        attach_cache_scales(model.graph, checkpoint.cache_scales)
     parameters = {id(parameter): parameter.numel() for parameter in hf.parameters()}
     return TracedModel(
         model=model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
@@ -18,10 +18,20 @@ from trtforge.plugins.int4_gemm.op import GROUP_SIZES
 RuntimeChoice = Literal["auto", "openvino", "reference", "tensorrt", "tensorrt-rtx"]
 DTypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 CalibrationChoice = Literal["awq"]
-KVCacheChoice = Literal["auto", "int8"]
+KVCacheChoice = Literal["auto", "fp8", "int8"]
 
 # OpenVINO's paged attention on CPU has this block size compiled in.
 OPENVINO_BLOCK_SIZE = 32
+
+# Why runtimes have no such KV cache.
+_NO_KV_CACHE: Mapping[KVCacheChoice, Mapping[str, str]] = {
+    "fp8": {
+        "openvino": "OpenVINO has none of 8-bit floats",
+        # Only layers that round and widen: each would do so to the whole cache in every step.
+        "tensorrt-rtx": "TensorRT-RTX has no layer that reads or writes parts of a tensor of 8-bit floats",
+    },
+    "int8": dict.fromkeys(("reference", "tensorrt", "tensorrt-rtx"), "it is OpenVINO's own"),
+}
 
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SIZE = re.compile(r"(\d+)\s*([A-Z]*)")
@@ -87,17 +97,24 @@ class BuildOptions(BaseModel):
         check_positive(_counts(self))
         _check_engine_options(self)
         _check_quantization(self)
-        if self.kv_cache_dtype != "auto" and self.runtime not in ("auto", "openvino"):
-            raise ConfigError(
-                f"--kv-cache-dtype {self.kv_cache_dtype} is a cache of OpenVINO's, which --runtime "
-                f"{self.runtime} has not: leave the option out, or use --runtime openvino"
-            )
+        _check_kv_cache(self)
         if self.runtime in ("auto", "openvino") and self.block_size not in (None, OPENVINO_BLOCK_SIZE):
             raise ConfigError(
                 f"--block-size {self.block_size} cannot work with openvino, whose paged attention "
                 f"has blocks of {OPENVINO_BLOCK_SIZE} tokens: leave the option out"
             )
         return self
+
+
+def _check_kv_cache(options: BuildOptions) -> None:
+    runtime = "openvino" if options.runtime == "auto" else options.runtime
+    reasons = _NO_KV_CACHE.get(options.kv_cache_dtype, {})
+    if runtime in reasons:
+        others = [name for name in get_args(RuntimeChoice) if name != "auto" and name not in reasons]
+        raise ConfigError(
+            f"--kv-cache-dtype {options.kv_cache_dtype} is no KV cache of --runtime {runtime}: "
+            f"{reasons[runtime]}; leave the option out, or use --runtime {' or '.join(others)}"
+        )
 
 
 def check_positive(counts: Mapping[str, int | None]) -> None:

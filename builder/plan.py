@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trtforge.builder.engine import EngineTarget, choose_target
-from trtforge.builder.options import OPENVINO_BLOCK_SIZE, BuildOptions
+from trtforge.builder.options import OPENVINO_BLOCK_SIZE, BuildOptions, KVCacheChoice
 from trtforge.builder.quantization.calibration_texts import (
     calibration_texts,
     check_modelopt,
@@ -22,6 +22,12 @@ from trtforge.plugins.int4_gemm.op import GROUP_SIZES
 
 DEFAULT_KV_CACHE_BYTES = 2**30
 DEFAULT_MAX_MODEL_LEN = 8192
+
+_CACHE_DTYPES: Mapping[KVCacheChoice, CacheDType | None] = {
+    "auto": None,
+    "fp8": "float8_e4m3fn",
+    "int8": "int8",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,11 @@ class BuildPlan:
     quantization: Quantization | None = None  # None: weights stay as the checkpoint has them
     kv_cache_dtype: CacheDType | None = None  # None: `dtype`
     lowering: Lowering | None = None  # how the graph has quantized weights; None: there are none
+
+    @property
+    def graph_cache_dtype(self) -> CacheDType:
+        """Of the graph's caches: OpenVINO has int8 by itself, and a graph as if it was `dtype`."""
+        return self.dtype if self.kv_cache_dtype in (None, "int8") else self.kv_cache_dtype
 
 
 def make_plan(
@@ -70,7 +81,7 @@ def make_plan(
         parallelism=choose_parallelism(options.tp, options.pp, config),
         target=choose_engine_target(options),
         quantization=quantization,
-        kv_cache_dtype=None if options.kv_cache_dtype == "auto" else options.kv_cache_dtype,
+        kv_cache_dtype=_CACHE_DTYPES[options.kv_cache_dtype],
         lowering=choose_lowering(runtime, wanted) if is_quantized else None,
     )
 
@@ -100,9 +111,16 @@ def choose_engine_target(options: BuildOptions) -> EngineTarget | None:
         options.gpus,
         workspace_bytes=options.workspace_bytes,
         weight_streaming=options.weight_streaming,
-        # Full TensorRT gets this project's operator, which needs no arithmetic of 8 bits.
-        needs_fp8=options.fp8 and options.runtime == "tensorrt-rtx",
+        fp8_option=_fp8_option(options),
     )
+
+
+def _fp8_option(options: BuildOptions) -> str | None:
+    """The option for which an engine has tensors of 8-bit floats that TensorRT itself has to know."""
+    if options.kv_cache_dtype == "fp8":
+        return "--kv-cache-dtype fp8"
+    # Full TensorRT gets this project's operator, for which weights are bytes.
+    return "--fp8" if options.fp8 and options.runtime == "tensorrt-rtx" else None
 
 
 def _plan_quantization(options: BuildOptions, quant_method: str | None) -> Quantization | None:

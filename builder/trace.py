@@ -81,15 +81,15 @@ class PackedModel(torch.nn.Module):
 
 
 def trace(
-    hf: Any, dtype: torch.dtype, on_stage: Callable[[str], None]
+    hf: Any, cache_dtype: torch.dtype, on_stage: Callable[[str], None]
 ) -> tuple[ir.Model, tuple[LayerCache, ...]]:
-    """The graph of the meta model `hf` and the caches that its layers need.
+    """The graph of the meta model `hf` and the caches, of `cache_dtype`, that its layers need.
 
     Initializers that are weights have no data yet, and their names begin with WEIGHT_PREFIX. Raises
     ExportError if the model cannot be traced or attends in ways that the attention operator does not know.
     """
     with _errors_named(hf):
-        return _trace(hf, dtype, on_stage)
+        return _trace(hf, cache_dtype, on_stage)
 
 
 def record_attention(hf: Any) -> Step:
@@ -119,7 +119,7 @@ def _errors_named(hf: Any) -> Iterator[None]:
 
 
 def _trace(
-    hf: Any, dtype: torch.dtype, on_stage: Callable[[str], None]
+    hf: Any, cache_dtype: torch.dtype, on_stage: Callable[[str], None]
 ) -> tuple[ir.Model, tuple[LayerCache, ...]]:
     _check_layer_types(hf)
     hooks = Hooks(hf)
@@ -128,7 +128,7 @@ def _trace(
     with hooks.installed(), torch.no_grad():
         layers = tuple(_record(packed, inputs).layers)
         on_stage("trace")
-        caches = [_example(_cache_dims(layer), dtype) for layer in layers]
+        caches = [_example(_cache_dims(layer), cache_dtype) for layer in layers]
         program = torch.export.export(
             packed, (inputs, caches), dynamic_shapes=_dynamic_shapes(layers), strict=False
         )

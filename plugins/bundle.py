@@ -79,7 +79,7 @@ class CubinEntry(_Frozen):
     num_ctas: int  # blocks of a cluster
     threads: int  # of a block
     shared_bytes: int  # dynamic shared memory of a block
-    source_sha256: str  # of the file with the kernel's source
+    source_sha256: str  # of the files with the kernel's source
     sha256: str
     num_bytes: int
 
@@ -172,11 +172,15 @@ class Bundle:
 
 @functools.cache
 def source_sha256(module: str) -> str:
-    """Of the file that defines `module`, which is not imported. Raises PluginError if there is none."""
+    """Of the file that defines `module`, which is not imported, and of files beside it whose names begin with
+    that one's: what its kernels share. Raises PluginError if there is no such module.
+    """
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise PluginError(f"there is no module {module}, which a kernel names as its source")
-    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
+    file = Path(spec.origin)
+    files = sorted(file.parent.glob(f"{file.stem}*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _remedy(folder: Path) -> str:

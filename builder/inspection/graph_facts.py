@@ -153,7 +153,8 @@ def dtype_name(dtype: ir.DataType | None) -> str:
     if dtype is None:
         return "unknown"
     name = str(dtype.name)
-    return {"FLOAT": "float32", "DOUBLE": "float64"}.get(name, name.lower())
+    others = {"FLOAT": "float32", "DOUBLE": "float64", "FLOAT8E4M3FN": "float8_e4m3fn"}
+    return others.get(name, name.lower())
 
 
 def shown_attributes(node: ir.Node) -> dict[str, AttributeText]:

@@ -43,15 +43,17 @@ _PARTS_OF_QUANTIZED = (
     "input_scale",
     *bitsandbytes.PARTS,
 )
-# Scales of a quantized KV cache, which stays as --dtype says.
+# Scales of a quantized KV cache.
 _CACHE_SCALES = (".k_scale", ".v_scale", ".k_proj.output_scale", ".v_proj.output_scale")
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedTensors:
-    """A quantized checkpoint's tensors: its quantized weights by name, and all that are not part of one."""
+    """A quantized checkpoint's tensors: its quantized weights by name, scales of a KV cache of e4m3, and all
+    others that are not part of a quantized weight."""
 
     linears: Mapping[str, QuantizedLinear | ComputedWeight]
+    cache_scales: Tensors
     rest: Tensors
 
 
@@ -78,12 +80,17 @@ def find_quantized(method: str, config: Config, tensors: Tensors) -> QuantizedTe
     if not linears:
         raise ExportError(f"the checkpoint says that it is quantized ({method}), but has no such weights")
     parts = {f"{name.rpartition('.')[0]}.{part}" for name in linears for part in _PARTS_OF_QUANTIZED}
-    rest = {
-        name: entry
-        for name, entry in tensors.items()
-        if name not in parts and not name.endswith(_CACHE_SCALES)
-    }
-    return QuantizedTensors(linears, rest)
+    others = {name: entry for name, entry in tensors.items() if name not in parts}
+    scales = {name: entry for name, entry in others.items() if name.endswith(_CACHE_SCALES)}
+    rest = {name: entry for name, entry in others.items() if name not in scales}
+    return QuantizedTensors(linears, scales if _has_e4m3_cache(config) else {}, rest)
+
+
+def _has_e4m3_cache(config: Config) -> bool:
+    """Whether scales of the cache are those of e4m3, as far as the checkpoint says what they are of."""
+    scheme = config.get("kv_cache_scheme") or {"type": "float", "num_bits": 8}
+    is_e4m3 = (scheme.get("type"), scheme.get("num_bits")) == ("float", 8)
+    return is_e4m3 and config.get("kv_cache_quant_algo") in (None, "FP8")
 
 
 def _prefixes(tensors: Tensors) -> Iterator[str]:

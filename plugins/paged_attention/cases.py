@@ -46,7 +46,7 @@ class Case:
     softcap: float = 0.0
     sinks: bool = False
     alibi: bool = False
-    scaled: bool = False  # a cache of bfloat16 has scales too; one of 8 bits always does
+    scaled: bool | None = None  # the cache has scales; None: if it has 8 bits
     padding: int = 0  # tokens of no sequence
     max_context: int = 0  # room in the block tables; 0: what the longest sequence needs
     quick: bool = False  # in the trimmed list, for Triton's interpreter
@@ -104,7 +104,11 @@ CASES = (
     Case("e4m3", MIXED, cache_dtype="float8_e4m3fn", quick=True),
     Case("e4m3-float16", MIXED, dtype="float16", cache_dtype="float8_e4m3fn"),
     Case("e4m3-split", DECODE, cache_dtype="float8_e4m3fn", max_context=4096, quick=True),
-    Case("e4m3-features", MIXED, cache_dtype="float8_e4m3fn", window=50, softcap=5.0, sinks=True, alibi=True),
+    Case(
+        "e4m3-features", MIXED, cache_dtype="float8_e4m3fn", window=50, softcap=5.0, sinks=True, alibi=True,
+        quick=True,
+    ),
+    Case("e4m3-without-scales", MIXED, cache_dtype="float8_e4m3fn", scaled=False, quick=True),
     Case("int8", MIXED, cache_dtype="int8", quick=True),
     Case("int8-float16", MIXED, dtype="float16", cache_dtype="int8"),
     Case("int8-split", DECODE, cache_dtype="int8", max_context=4096),
@@ -175,7 +179,8 @@ def _block_tables(rng: np.random.Generator, case: Case, context_lens: Array) -> 
 
 
 def _scales(case: Case) -> dict[str, Array]:
-    if case.kv_dtype not in ("int8", "float8_e4m3fn") and not case.scaled:
+    has_bytes = case.kv_dtype in ("int8", "float8_e4m3fn")
+    if not (has_bytes if case.scaled is None else case.scaled):
         return {}
     k_scale, v_scale = _SCALES[case.kv_dtype]
     return {"k_scale": np.array([k_scale], np.float32), "v_scale": np.array([v_scale], np.float32)}

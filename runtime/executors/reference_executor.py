@@ -99,6 +99,8 @@ class ReferenceExecutor:
         if threads:
             torch.set_num_threads(threads)
         layout = manifest.kv_cache
+        if layout.dtype == "int8":
+            raise ConfigError(f"{model_dir} has a KV cache of int8, which only OpenVINO has scales for")
         path = model_dir / manifest.ranks[0].onnx
         self._device = device or default_device()
         self._vocab_size = manifest.model.vocab_size
@@ -216,6 +218,8 @@ def _allocate_caches(layout: KVCacheLayout, num_blocks: int, device: torch.devic
 
 def _copy_blocks(moves: list[Move], source: Tensor, target: Tensor) -> None:
     if moves:
+        # As bytes: torch indexes no 8-bit floats.
+        source, target = source.view(torch.uint8), target.view(torch.uint8)
         sources, targets = torch.tensor(moves).T
         target[targets.to(target.device)] = source[sources.to(source.device)].to(target.device)
 

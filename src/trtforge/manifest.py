@@ -24,7 +24,7 @@ MAX_SLOTS = 2**31 - 1
 
 Runtime = Literal["openvino", "tensorrt", "tensorrt-rtx", "reference", "fake"]
 DType = Literal["float32", "bfloat16", "float16"]
-CacheDType = Literal["float32", "bfloat16", "float16", "int8"]
+CacheDType = Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "int8"]
 
 # Of an int8 cache, as OpenVINO lays it out: a scale and a zero point, in float32, for each channel of the
 # keys of a block of 32 tokens, and for the values of each token and head.
@@ -33,7 +33,7 @@ _SCALE_BYTES, _TOKENS_OF_A_SCALE = 8, 32
 
 def element_bytes(dtype: CacheDType) -> int:
     """Bytes of one number."""
-    return {"float32": 4, "int8": 1}.get(dtype, 2)
+    return {"float32": 4, "float8_e4m3fn": 1, "int8": 1}.get(dtype, 2)
 
 
 class _Frozen(BaseModel):

@@ -14,7 +14,7 @@ from kernel_harness.scaled_add.launch import LARGE, SMALL, choices, plan
 
 from trtforge.errors import ConfigError, PluginError
 from trtforge.plugins.aot import check_ptx_parameters, compile_kernel, write_bundle
-from trtforge.plugins.bundle import ARCHS, Bundle, arch_for
+from trtforge.plugins.bundle import ARCHS, Bundle, arch_for, source_sha256
 from trtforge.plugins.launch import Call, Gpu, Kernel
 
 CALL = Call(
@@ -136,6 +136,18 @@ def test_a_cubin_of_other_source_is_refused(folder: Path) -> None:
     edit_manifest(folder, source_sha256="0" * 64)
     with pytest.raises(PluginError, match=r"another version of kernel_harness\.scaled_add\.kernel"):
         Bundle.load(folder).cubin(SMALL_KERNEL, 80)
+
+
+def test_what_kernels_share_is_part_of_their_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    digests = []
+    for package, parts, plans in (("one", "", ""), ("two", "", "# others"), ("three", "# others", "")):
+        (tmp_path / package).mkdir()
+        sources = {"__init__": "", "kernel": "# kernels", "kernel_parts": parts, "launch": plans}
+        for name, text in sources.items():
+            (tmp_path / package / f"{name}.py").write_text(text)
+        digests.append(source_sha256(f"{package}.kernel"))
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_a_gpu_with_less_shared_memory(folder: Path) -> None:

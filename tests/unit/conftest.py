@@ -21,6 +21,7 @@ from trtforge.checking.packing import PackedSequences
 from trtforge.engine_options import EngineOptions
 from trtforge.integrity import file_digest
 from trtforge.manifest import (
+    CacheDType,
     DType,
     KVCacheLayout,
     LayerCache,
@@ -83,7 +84,7 @@ def make_manifest() -> Callable[..., Manifest]:
         layers: tuple[LayerCache, ...],
         *,
         dtype: DType = "float32",
-        kv_cache_dtype: DType | None = None,
+        kv_cache_dtype: CacheDType | None = None,
         block_size: int = 32,
         num_blocks: int = 24,
         vocab_size: int = VOCAB_SIZE,

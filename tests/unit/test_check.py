@@ -58,7 +58,7 @@ def test_rounding_is_told_from_errors(make_repository: MakeRepository) -> None:
     assert list(openvino.errors) == ["prefill", "mixed", "decode"]
     assert report.failed == ()
     if has_bfloat16():
-        assert min(errors.typical for errors in openvino.errors.values()) > tolerance("float32", 2)
+        assert min(errors.typical for errors in openvino.errors.values()) > tolerance("float32", "float32", 2)
 
 
 def test_runtimes_that_do_not_take_the_build(make_repository: MakeRepository, run_trtforge: Run) -> None:

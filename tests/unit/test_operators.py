@@ -145,7 +145,7 @@ def test_paged_attention_body_equals_reference(case: str, sinks: bool) -> None:
     "name",
     [
         "alibi", "all-features", "e4m3", "e4m3-float16", "e4m3-features", "idle-sequences", "int8",
-        "int8-float16", "mixed-float16", "padded", "padded-prefill", "window-split",
+        "int8-float16", "e4m3-without-scales", "mixed-float16", "padded", "padded-prefill", "window-split",
     ],
 )  # fmt: skip
 def test_paged_attention_body_equals_reference_in_kernels_cases(name: str) -> None:

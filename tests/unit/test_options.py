@@ -42,9 +42,19 @@ def plan(max_model_len: int = 8192, kv_cache_bytes: int | None = None, block_siz
         (["--int4", "--calibration-text", "x"], "--calibration-text is what --calibrate awq reads"),
         (
             ["--kv-cache-dtype", "int8", "--runtime", "reference"],
-            "--kv-cache-dtype int8 is a cache of OpenVINO's, which --runtime reference has not",
+            "int8 is no KV cache of --runtime reference: it is OpenVINO's own; leave the option out, or use "
+            "--runtime openvino",
         ),
-        (["--kv-cache-dtype", "fp8"], "'fp8' is not one of 'auto', 'int8'"),
+        (
+            ["--kv-cache-dtype", "fp8"],
+            "--kv-cache-dtype fp8 is no KV cache of --runtime openvino: OpenVINO has none of 8-bit floats; "
+            "leave the option out, or use --runtime reference or tensorrt",
+        ),
+        (
+            ["--kv-cache-dtype", "fp8", "--runtime", "tensorrt-rtx"],
+            "--runtime tensorrt-rtx: TensorRT-RTX has no layer that reads or writes parts of a tensor of 8-b",
+        ),
+        (["--kv-cache-dtype", "fp4"], "'fp4' is not one of 'auto', 'fp8', 'int8'"),
         (["--exclude", "*.down_proj.weight"], "--exclude says what --int4, --fp8 or --int8 leaves as it is"),
         (["--runtime", "tensorrt", "--gpu", "90"], "--gpu '90' is not a compute capability"),
         (["--gpu", "sm_89"], "--gpu is for TensorRT's engines: give --runtime tensorrt-rtx or tensorrt"),
@@ -157,9 +167,20 @@ def test_a_cache_of_bytes_holds_more_tokens() -> None:
     in_bytes = make_plan(options(kv_cache_dtype="int8"), LlamaConfig(), "bfloat16")
     wide, narrow = (plan_kv_cache(each, SMOLLM2) for each in (plan(), replace(plan(), kv_cache_dtype="int8")))
     assert (in_bytes.kv_cache_dtype, narrow.dtype) == ("int8", "int8")
+    assert in_bytes.graph_cache_dtype == "bfloat16"
     # A key and a value of 64 bytes, 8 of the value's scale, a 32th of 8 for each channel of keys.
     assert narrow.bytes_per_token == 30 * 3 * (64 + 64 + 8 + 64 * 8 // 32)
     assert narrow.num_blocks == pytest.approx(wide.num_blocks * 256 / 152, rel=0.01)
+
+
+def test_a_cache_of_8_bit_floats_holds_twice_as_many_tokens() -> None:
+    made = make_plan(options(kv_cache_dtype="fp8", runtime="reference"), LlamaConfig(), "bfloat16")
+    wide, narrow = (
+        plan_kv_cache(replace(made, kv_cache_dtype=dtype), SMOLLM2) for dtype in (None, made.kv_cache_dtype)
+    )
+    assert (narrow.dtype, made.graph_cache_dtype) == ("float8_e4m3fn", "float8_e4m3fn")
+    assert narrow.bytes_per_token == wide.bytes_per_token // 2 == 30 * 3 * 2 * 64
+    assert narrow.num_blocks == pytest.approx(2 * wide.num_blocks, abs=1)
 
 
 def test_too_small_a_kv_cache_is_refused_with_figures_that_work() -> None:

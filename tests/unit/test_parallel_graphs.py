@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,11 +10,11 @@ import numpy as np
 import pytest
 
 from trtforge.builder.checkpoint import Checkpoint
-from trtforge.builder.export import divide, trace_checkpoint, write_graph
+from trtforge.builder.export import TracedModel, divide, trace_checkpoint, write_graph
 from trtforge.builder.sharding.split import Parallelism
 from trtforge.checking.packing import PackedSequences
 from trtforge.engine_options import EngineOptions
-from trtforge.manifest import LayerCache, Limits, Manifest, Rank, Runtime
+from trtforge.manifest import CacheDType, LayerCache, Limits, Manifest, Rank, Runtime
 from trtforge.runtime.engine.core import EngineCore
 from trtforge.runtime.executor import Executor
 from trtforge.runtime.executors.create import create_executor
@@ -35,8 +36,8 @@ def build_model(
     make_random_llama: Callable[..., Path],
     make_manifest: Callable[..., Manifest],
 ) -> BuildModel:
-    """`build_model(tp, pp, runtime)`: a new folder with the graphs and the manifest of a random llama with 9
-    heads and 3 KV heads."""
+    """`build_model(tp, pp, runtime, cache_dtype="float32")`: a new folder with the graphs and the manifest of
+    a random llama with 9 heads and 3 KV heads."""
     checkpoint = make_random_llama(
         vocab_size=VOCAB_SIZE,
         hidden_size=144,
@@ -45,11 +46,15 @@ def build_model(
         num_key_value_heads=3,
         max_position_embeddings=128,
     )
-    traced = trace_checkpoint(Checkpoint.open(str(checkpoint)), "float32", lambda _: None)
 
-    def make(tp: int, pp: int, runtime: Runtime) -> Path:
+    @functools.cache
+    def trace(cache_dtype: CacheDType) -> TracedModel:
+        opened = Checkpoint.open(str(checkpoint))
+        return trace_checkpoint(opened, "float32", lambda _: None, cache_dtype=cache_dtype)
+
+    def make(tp: int, pp: int, runtime: Runtime, cache_dtype: CacheDType = "float32") -> Path:
         folder = tmp_path_factory.mktemp("model")
-        parts = divide(traced, Parallelism(tp, pp)).ranks
+        parts = divide(trace(cache_dtype), Parallelism(tp, pp)).ranks
         for number, part in enumerate(parts):
             write_graph(part, folder / f"rank{number}")
         ranks = tuple(
@@ -57,7 +62,7 @@ def build_model(
             for number, part in enumerate(parts)
         )
         layers = (LayerCache(num_kv_heads=3, head_dim=16),) * 2
-        manifest = make_manifest(layers, vocab_size=VOCAB_SIZE).model_copy(
+        manifest = make_manifest(layers, kv_cache_dtype=cache_dtype, vocab_size=VOCAB_SIZE).model_copy(
             update={"runtime": runtime, "limits": LIMITS, "ranks": ranks, "tp_size": tp, "pp_size": pp}
         )
         manifest.save(folder)
@@ -125,6 +130,13 @@ def test_tokens_of_ranks_are_those_of_one(
     pp: int,
 ) -> None:
     assert greedy_tokens(create(build_model(tp, pp, runtime))) == expected
+
+
+def test_ranks_with_a_cache_of_8_bit_floats(
+    build_model: BuildModel, create: Callable[..., Executor], expected: dict[str, list[int]]
+) -> None:
+    one, four = (greedy_tokens(create(build_model(n, n, "reference", "float8_e4m3fn"))) for n in (1, 2))
+    assert four == one != expected
 
 
 def test_stages_that_compute_parts_of_a_step_at_the_same_time(

@@ -96,10 +96,14 @@ def options(checkpoint: Path, output: Path, **values: Any) -> BuildOptions:
     return BuildOptions(model=str(checkpoint), output=output, gpus=("sm_90",), **given | values)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["auto", "fp8"])
 def built(
-    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, tensorrt_rtx: ModuleType
+    request: pytest.FixtureRequest,
+    checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    tensorrt_rtx: ModuleType,
 ) -> tuple[BuildResult, Parsed]:
+    """With a cache of the build's dtype, and of 8-bit floats."""
     parsed = Parsed()
 
     class Registry:
@@ -131,7 +135,8 @@ def built(
         patch.setattr(plan, "choose_target", lambda *arguments, **values: target)
         patch.setattr(plugin_graph, "load_package", lambda name: package)
         patch.setattr(rank_engine, "Network", Network)
-        result = build(options(checkpoint, tmp_path_factory.mktemp("built") / "repository"))
+        output = tmp_path_factory.mktemp("built") / "repository"
+        result = build(options(checkpoint, output, kv_cache_dtype=request.param))
     return result, parsed
 
 
@@ -188,6 +193,7 @@ def test_every_node_becomes_a_plugin_whose_kernels_are_in_the_bundle(
 ) -> None:
     result, parsed = built
     bundle = Bundle.load(result.folder / "1" / KERNELS_FOLDER)
+    cache = "FP8" if result.manifest.kv_cache.dtype == "float8_e4m3fn" else "BF16"
     for node in custom_nodes(parsed.graph):
         creator = parsed.creators[node.op_type]
         launcher = Launcher()
@@ -198,9 +204,9 @@ def test_every_node_becomes_a_plugin_whose_kernels_are_in_the_bundle(
         assert plugin.num_outputs == len(node.output)
         assert plugin.get_aliased_input(1) == 3
         for num_tokens in (1, 5, 700):
-            inputs = input_descs(tensorrt_rtx, node, num_tokens)
+            inputs = input_descs(tensorrt_rtx, node, num_tokens, cache)
             dtypes = [tensor.type for tensor in inputs]
-            assert plugin.get_output_data_types(dtypes) == [tensorrt_rtx.DataType.BF16] * 2
+            assert [dtype.name for dtype in plugin.get_output_data_types(dtypes)] == ["BF16", cache]
             plugin.on_shape_change(inputs, [])
         kernels = {launch.kernel for loaded in launcher.loaded for launch in loaded.launches}
         assert kernels
@@ -225,12 +231,12 @@ def parsed_fields(trt: ModuleType, creator: Any, node: onnx.NodeProto) -> tuple[
     return trt.PluginFieldCollection(fields), arrays, fields
 
 
-def input_descs(trt: ModuleType, node: onnx.NodeProto, num_tokens: int) -> list[Any]:
+def input_descs(trt: ModuleType, node: onnx.NodeProto, num_tokens: int, cache_dtype: str) -> list[Any]:
     cache = (9, 2, BLOCK_SIZE, KV_HEADS, HEAD_DIM)
     tensors = [
         ((num_tokens, HEADS, HEAD_DIM), "BF16"),
         *[((num_tokens, KV_HEADS, HEAD_DIM), "BF16")] * 2,
-        (cache, "BF16"),
+        (cache, cache_dtype),
         ((2, 4), "INT32"),
         ((3,), "INT32"),
         ((2,), "INT32"),
@@ -268,22 +274,28 @@ def test_attention_without_kernels_is_said_before_tensorrt_begins(
 
 
 @pytest.mark.parametrize(
-    ("gpus", "capability", "said"),
+    ("gpus", "capability", "option", "said"),
     [
-        (["sm_90"], "90", "('9.0',)"),
-        ([], "89", "('8.9',)"),
-        (["sm_90"], "89", "--gpu sm_90 is not possible with tensorrt 1.2.3, which builds for sm_89 here"),
-        (["sm_75"], "75", "no kernels are compiled for compute capability 7.5"),
+        (["sm_90"], "90", None, "('9.0',)"),
+        ([], "89", "--kv-cache-dtype fp8", "('8.9',)"),
+        ([], "86", "--kv-cache-dtype fp8", "--kv-cache-dtype fp8 is not possible for sm_86: GPUs have 8-bit"),
+        (
+            ["sm_90"],
+            "89",
+            None,
+            "--gpu sm_90 is not possible with tensorrt 1.2.3, which builds for sm_89 here",
+        ),
+        (["sm_75"], "75", None, "no kernels are compiled for compute capability 7.5"),
     ],
 )
 def test_full_tensorrt_builds_for_the_gpu_of_this_machine(
-    cuda_driver_folder: Path, tmp_path: Path, gpus: list[str], capability: str, said: str
+    cuda_driver_folder: Path, tmp_path: Path, gpus: list[str], capability: str, option: str | None, said: str
 ) -> None:
     code = f"""
 from trtforge.builder.engine import choose_target
 from trtforge.errors import ConfigError
 try:
-    print(choose_target("tensorrt", {gpus}).compute_capabilities)
+    print(choose_target("tensorrt", {gpus}, fp8_option={option!r}).compute_capabilities)
 except ConfigError as error:
     print(error)
 """

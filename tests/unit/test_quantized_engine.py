@@ -84,7 +84,8 @@ def test_rounded_weights_are_computed_with_and_built(
         expected = hf(torch.tensor([TEXT])).logits[0].numpy()
     assert np.linalg.norm(logits - expected) < 1e-4 * np.linalg.norm(expected)
 
-    check_engine(model, manifest, tmp_path, choose_target("tensorrt-rtx", needs_fp8=wanted == "fp8"))
+    option = "--fp8" if wanted == "fp8" else None
+    check_engine(model, manifest, tmp_path, choose_target("tensorrt-rtx", fp8_option=option))
     if wanted == "fp8":  # a checkpoint that is quantized already brings them without the option
         with pytest.raises(EngineBuildError, match=r"8-bit floats, which sm_86 cannot .* --gpu sm_89"):
             build_rank_engine(
@@ -105,7 +106,7 @@ def test_four_bits_are_built_in_bfloat16(
 
 
 def test_gpus_without_8_bit_floats_are_refused(tensorrt_rtx: ModuleType) -> None:
-    target = choose_target("tensorrt-rtx", needs_fp8=True)
+    target = choose_target("tensorrt-rtx", fp8_option="--fp8")
     assert target.compute_capabilities[0] == "8.9"
     with pytest.raises(ConfigError, match=r"--fp8 is not possible for sm_80, sm_86: .* from sm_89 on"):
-        choose_target("tensorrt-rtx", ["sm_80", "sm_120", "sm_86"], needs_fp8=True)
+        choose_target("tensorrt-rtx", ["sm_80", "sm_120", "sm_86"], fp8_option="--fp8")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from trtforge.manifest import DType
+from trtforge.manifest import CacheDType, DType
 from trtforge.runtime.executor import Float32Array
 
 _Float64Array = npt.NDArray[np.float64]
@@ -65,15 +65,22 @@ _UNIT_ROUNDOFF = {
     # 2**-24, but what counts is that sums of many numbers are added up in another order.
     "float32": 2.0**-20,
 }
+_E4M3_SPACING = 2.0**-3  # of neighbours, as a part of themselves
 _MARGIN = 2
 
 
-def tolerance(dtype: DType, num_layers: int) -> float:
-    """The bound of `Errors.typical` that rounding to `dtype` stays below, against float32.
+def tolerance(dtype: DType, cache_dtype: CacheDType, num_layers: int) -> float:
+    """The bound of `Errors.typical` that rounding to `dtype` stays below, against float32 with such a cache.
 
     Each layer adds two rounded terms to the hidden state, and errors that do not know each other add up like
     a random walk: the roundoff times the root of their number, with a margin for what is rounded within a
     layer. A few rows hang on small differences of large numbers, those of first tokens above all. They are
     up to ten times worse than the others in every runtime, and say nothing.
+
+    In a cache of 8-bit floats, whose neighbours are v = 2 ** -3 apart, numbers that differ by u are rounded
+    to different ones once in v / u times: the mean square of the difference becomes u * v.
     """
-    return _MARGIN * _UNIT_ROUNDOFF[dtype] * math.sqrt(2 * num_layers + 1)
+    roundoff = _UNIT_ROUNDOFF[dtype]
+    if cache_dtype == "float8_e4m3fn":
+        roundoff = math.sqrt(roundoff * _E4M3_SPACING)
+    return _MARGIN * roundoff * math.sqrt(2 * num_layers + 1)

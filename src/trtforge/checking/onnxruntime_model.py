@@ -1,16 +1,20 @@
-"""A build's graph in ONNX Runtime, through the operators' function bodies and all in float32."""
+"""A build's graph in ONNX Runtime, through the operators' function bodies and all in float32.
+
+But a cache of 8-bit floats stays one: what it rounds off is not the runtime's error.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
 from trtforge import wire
 from trtforge.errors import ConfigError, EngineBuildError
-from trtforge.manifest import Manifest
+from trtforge.manifest import KVCacheLayout, LayerCache, Manifest
 from trtforge.plugins.function_bodies import add_function_bodies
 from trtforge.runtime.executor import KVCacheSpec, ModelInputs, ModelOutputs
 from trtforge.runtime.executors.graph_file import read_graph_file
@@ -54,14 +58,7 @@ class OnnxRuntimeModel:
             ) from error
         cache = manifest.kv_cache
         self._spec = KVCacheSpec(cache.block_size, cache.num_blocks)
-        self._caches = [
-            np.full(
-                (cache.num_blocks, 2, cache.block_size, layer.num_kv_heads, layer.head_dim),
-                _UNWRITTEN,
-                np.float32,
-            )
-            for layer in cache.layers
-        ]
+        self._caches = [_unwritten_cache(cache, layer) for layer in cache.layers]
 
     def kv_cache_spec(self) -> KVCacheSpec:
         """The cache as the manifest has it."""
@@ -69,11 +66,23 @@ class OnnxRuntimeModel:
 
     def execute(self, inputs: ModelInputs) -> ModelOutputs:
         """Run one step."""
-        feeds = {tensor.name: getattr(inputs, tensor.name) for tensor in wire.GRAPH_INPUTS}
+        feeds = {
+            tensor.name: onnxruntime.OrtValue.ortvalue_from_numpy(getattr(inputs, tensor.name))
+            for tensor in wire.GRAPH_INPUTS
+        }
         feeds |= {wire.kv_cache_input(layer): cache for layer, cache in enumerate(self._caches)}
         names = [wire.LOGITS, *(wire.kv_cache_output(layer) for layer in range(len(self._caches)))]
-        logits, *self._caches = self._session.run(names, feeds)
-        return ModelOutputs(logits=logits)
+        logits, *self._caches = self._session.run_with_ort_values(names, feeds)
+        return ModelOutputs(logits=logits.numpy())
+
+
+def _unwritten_cache(cache: KVCacheLayout, layer: LayerCache) -> onnxruntime.OrtValue:
+    """Of 8-bit floats if the graph's is, else of float32."""
+    shape = (cache.num_blocks, 2, cache.block_size, layer.num_kv_heads, layer.head_dim)
+    if cache.dtype != "float8_e4m3fn":
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.full(shape, _UNWRITTEN, np.float32))
+    array = np.full(shape, _UNWRITTEN, ml_dtypes.float8_e4m3fn).view(np.uint8)
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, ir.DataType.FLOAT8E4M3FN)
 
 
 def widen(model: ir.Model) -> None:

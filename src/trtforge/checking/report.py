@@ -75,7 +75,8 @@ class CheckReport:
                 reports.append(RuntimeReport(runtime, reason=str(error)))
             else:
                 reports.append(RuntimeReport(runtime, _errors(actual, expected, steps)))
-        return cls(manifest, against, tolerance(manifest.dtype, len(cache.layers)), tuple(reports))
+        allowed = tolerance(manifest.dtype, cache.dtype, len(cache.layers))
+        return cls(manifest, against, allowed, tuple(reports))
 
     @property
     def failed(self) -> tuple[str, ...]:

@@ -25,7 +25,8 @@ def find_reference(
     """The folder of a build: `source` itself if it is one.
 
     A Hugging Face model is built, in a temporary folder, for the runtime and in the dtype of `manifest`, so
-    that nothing but the weights differs. `check_tokenizer` is given the folder of its tokenizer before that.
+    that nothing but the weights and the dtype of the KV cache differ. `check_tokenizer` is given the folder
+    of its tokenizer before that.
 
     Raises what `find_manifest_folder`, `check_tokenizer` and `build` raise.
     """
