@@ -18,7 +18,8 @@ from trtforge.builder.key import build_key
 from trtforge.builder.options import BuildOptions
 from trtforge.builder.plan import BuildPlan, choose_engine_target, make_plan, plan_kv_cache
 from trtforge.builder.quantization.calibration_texts import calibration_texts
-from trtforge.builder.quantization.policy import InputScales, Quantization
+from trtforge.builder.quantization.policy import Calibration, Quantization
+from trtforge.builder.quantization.weights import QuantizedLinear
 from trtforge.builder.rank_files import write_ranks
 from trtforge.builder.report import BuildReport
 from trtforge.builder.repository import VERSION_FOLDER, install_triton_model
@@ -64,18 +65,28 @@ def build(options: BuildOptions, console: Console | None = None) -> BuildResult:
         with staging(target) as area, Stages(console) as stages:
             with stages.stage("open checkpoint"):
                 checkpoint = Checkpoint.open(options.model)
-                plan = make_plan(options, checkpoint.config, checkpoint.dtype, checkpoint.quant_method)
+                plan = make_plan(
+                    options,
+                    checkpoint.config,
+                    checkpoint.dtype,
+                    checkpoint.quant_method,
+                    [
+                        weight
+                        for weight in checkpoint.quantized.values()
+                        if isinstance(weight, QuantizedLinear)
+                    ],
+                )
             with stages.stage("hash checkpoint"):
                 key = build_key(checkpoint.content_key(), plan)
             cached = _reuse(target, key, options)
             if cached is not None:
                 return cached
             _check_disk_space(area.folder, checkpoint, plan)
-            scales: InputScales = {}
+            calibration = Calibration()
             if plan.quantization is not None and plan.quantization.calibration_sha256 is not None:
                 with stages.stage("calibrate") as stage:
-                    scales = _calibrate(checkpoint, plan.quantization, options, stage)
-            manifest, report = _fill(area, checkpoint, plan, scales, key, options.model, cache, stages)
+                    calibration = _calibrate(checkpoint, plan.quantization, options, stage)
+            manifest, report = _fill(area, checkpoint, plan, calibration, key, options.model, cache, stages)
             find_existing(target)  # again: building took a while
             area.publish()
     except OSError as error:
@@ -92,11 +103,11 @@ def _open_cache(options: BuildOptions) -> EngineCache | None:
 
 def _calibrate(
     checkpoint: Checkpoint, quantization: Quantization, options: BuildOptions, stage: Stage
-) -> InputScales:
-    from trtforge.builder.quantization.awq import calibrate_awq, default_cache_folder
+) -> Calibration:
+    from trtforge.builder.quantization.calibration import calibrate, default_cache_folder
 
     stage.describe("run the model on texts")
-    return calibrate_awq(
+    return calibrate(
         checkpoint,
         quantization,
         calibration_texts(options.calibration_text),
@@ -145,7 +156,7 @@ def _fill(
     area: Staging,
     checkpoint: Checkpoint,
     plan: BuildPlan,
-    scales: InputScales,
+    calibration: Calibration,
     key: str,
     source: str,
     cache: EngineCache | None,
@@ -166,7 +177,8 @@ def _fill(
             cache_dtype=plan.graph_cache_dtype,
             quantization=plan.quantization,
             lowering=plan.lowering,
-            input_scales=scales,
+            activations=plan.activations,
+            calibration=calibration,
             on_stage=stage.describe,
         )
         kv_cache = plan_kv_cache(plan, exported.layers)

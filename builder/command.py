@@ -19,6 +19,7 @@ from trtforge.builder.options import (
     parse_bytes,
     parse_cache_folder,
 )
+from trtforge.builder.quantization.weights import ActivationScheme
 
 
 def build(
@@ -67,6 +68,14 @@ def build(
             show_default=False,
         ),
     ] = None,
+    activations: Annotated[
+        ActivationScheme | None,
+        typer.Option(
+            help="With --fp8 and --int8: round activations too, dynamic with a scale a token, static with "
+            "scales that nvidia-modelopt finds by texts. A quantized checkpoint brings its own.",
+            show_default=False,
+        ),
+    ] = None,
     calibrate: Annotated[
         CalibrationChoice | None,
         typer.Option(
@@ -78,7 +87,7 @@ def build(
     calibration_text: Annotated[
         Path | None,
         typer.Option(
-            help="With --calibrate: a file of texts, one a line; docstrings of Python by default.",
+            help="What calibration reads: a file of texts, one a line; docstrings of Python by default.",
             show_default=False,
         ),
     ] = None,
@@ -158,6 +167,7 @@ def build(
       build-engine ./model -o repository --runtime tensorrt
       build-engine ./model -o repository --tp 2 --pp 2
       build-engine ./model -o repository --int4 --exclude '*.layers.0.*'
+      build-engine ./model -o repository --runtime tensorrt-rtx --fp8 --activations static
       build-engine ./model.Q4_K_M.gguf -o repository
 
     \b
@@ -181,6 +191,7 @@ def build(
         int8=int8,
         group_size=group_size,
         exclude=tuple(exclude or ()),
+        activations=activations,
         calibrate=calibrate,
         calibration_text=calibration_text,
         max_model_len=max_model_len,

@@ -18,14 +18,16 @@ from trtforge.builder.optimize import optimize
 from trtforge.builder.quantization.cache_scales import attach_cache_scales
 from trtforge.builder.quantization.lowering import quantize_linears
 from trtforge.builder.quantization.policy import (
-    InputScales,
+    Calibration,
     Lowering,
     Quantization,
     WeightChoice,
+    WeightPolicy,
     check_exclusions,
     check_projections,
 )
 from trtforge.builder.quantization.units import feature_multiples
+from trtforge.builder.quantization.weights import ActivationScheme
 from trtforge.builder.sharding.shard import RankPart, shard
 from trtforge.builder.sharding.split import Parallelism
 from trtforge.builder.trace import WEIGHT_PREFIX, trace
@@ -77,7 +79,8 @@ def export_model(
     cache_dtype: CacheDType | None = None,
     quantization: Quantization | None = None,
     lowering: Lowering | None = None,
-    input_scales: InputScales | None = None,
+    activations: ActivationScheme | None = None,
+    calibration: Calibration | None = None,
     on_stage: Callable[[str], None] | None = None,
 ) -> ExportedModel:
     """The whole model for one rank; see `export_ranks`."""
@@ -88,7 +91,8 @@ def export_model(
         cache_dtype=cache_dtype,
         quantization=quantization,
         lowering=lowering,
-        input_scales=input_scales,
+        activations=activations,
+        calibration=calibration,
         on_stage=on_stage,
     )
     return exported.ranks[0]
@@ -102,16 +106,17 @@ def export_ranks(
     cache_dtype: CacheDType | None = None,
     quantization: Quantization | None = None,
     lowering: Lowering | None = None,
-    input_scales: InputScales | None = None,
+    activations: ActivationScheme | None = None,
+    calibration: Calibration | None = None,
     on_stage: Callable[[str], None] | None = None,
 ) -> ExportedRanks:
     """Trace the model in `dtype`, divide it, and attach the checkpoint's weights, rounded as `quantization`
     says.
 
     `cache_dtype` is that of keys and values as they are stored; None: `dtype`. `lowering` is how projections
-    with quantized weights are expressed; None if there are none. `input_scales` are of projections that
-    `quantization` rounds. Peak memory does not depend on the model's size: tracing happens on the meta
-    device. `on_stage` is told what begins.
+    with quantized weights are expressed; None if there are none. With `activations` their inputs are rounded
+    too. `calibration` is of projections that `quantization` rounds. Peak memory does not depend on the
+    model's size: tracing happens on the meta device. `on_stage` is told what begins.
 
     Raises ExportError, naming the reason, for a model that cannot be expressed or divided, and ConfigError
     for a quantization that cannot be applied to it and for more ranks than it has parts.
@@ -119,7 +124,7 @@ def export_ranks(
     stage = on_stage or (lambda _: None)
     traced = trace_checkpoint(checkpoint, dtype, stage, quantization, cache_dtype)
     stage("divide")
-    return divide(traced, parallelism, quantization, lowering, input_scales)
+    return divide(traced, parallelism, quantization, lowering, activations, calibration)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +185,8 @@ def divide(
     parallelism: Parallelism,
     quantization: Quantization | None = None,
     lowering: Lowering | None = None,
-    input_scales: InputScales | None = None,
+    activations: ActivationScheme | None = None,
+    calibration: Calibration | None = None,
 ) -> ExportedRanks:
     """The graphs of ranks, with quantized weights as `export_ranks` says. `traced` stays as it is.
 
@@ -188,7 +194,7 @@ def divide(
     """
     multiples = functools.partial(feature_multiples, traced.sources, quantization)
     parts = shard(traced.model, traced.layers, traced.sources, parallelism, multiples)
-    finished = (_finish(traced, part, quantization, lowering, input_scales or {}) for part in parts)
+    finished = (_finish(traced, part, quantization, lowering, activations, calibration) for part in parts)
     return ExportedRanks(tuple(finished), traced.layers)
 
 
@@ -197,13 +203,17 @@ def _finish(
     part: RankPart,
     quantization: Quantization | None,
     lowering: Lowering | None,
-    input_scales: InputScales,
+    activations: ActivationScheme | None,
+    calibration: Calibration | None,
 ) -> ExportedModel:
     graph = part.model.graph
     choices: tuple[WeightChoice, ...] = ()
     if lowering is not None:
         choices = quantize_linears(
-            graph, part.sources, lowering, quantization, traced.output_embedding, input_scales
+            graph,
+            part.sources,
+            WeightPolicy(lowering, quantization, activations, calibration or Calibration()),
+            traced.output_embedding,
         )
     return ExportedModel(
         model=part.model,

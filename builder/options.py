@@ -11,8 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 from trtforge.builder.engine_cache import default_cache_folder
+from trtforge.builder.quantization.policy import check_activations
+from trtforge.builder.quantization.weights import ActivationScheme, QuantizedFormat
 from trtforge.builder.repository import check_model_name
 from trtforge.errors import ConfigError
+from trtforge.manifest import Runtime
 from trtforge.plugins.int4_gemm.op import GROUP_SIZES
 
 RuntimeChoice = Literal["auto", "openvino", "reference", "tensorrt", "tensorrt-rtx"]
@@ -77,6 +80,7 @@ class BuildOptions(BaseModel):
     int8: bool = False
     group_size: int | None = None  # of int4: input features that share a scale, at most
     exclude: tuple[str, ...] = ()  # patterns of weights that are not quantized
+    activations: ActivationScheme | None = None  # None: what is multiplied by weights is not rounded
     calibrate: CalibrationChoice | None = None  # None: int4 is rounded without data
     calibration_text: Path | None = None  # a file, a text a line; None: texts of the builder's own
     max_model_len: int | None = None  # tokens
@@ -90,6 +94,23 @@ class BuildOptions(BaseModel):
     workspace_bytes: int | None = None
     weight_streaming: bool = False
     force: bool = False
+
+    @property
+    def weight_format(self) -> QuantizedFormat | None:
+        """What weights are rounded to; None: they are not."""
+        formats: tuple[QuantizedFormat, ...] = ("int4", "fp8", "int8")
+        return next((name for name in formats if getattr(self, name)), None)
+
+    @property
+    def chosen_runtime(self) -> Runtime:
+        """What executes the model."""
+        return "openvino" if self.runtime == "auto" else self.runtime
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether scales are looked for by what the model reads."""
+        is_static = self.activations == "static" and self.weight_format is not None
+        return is_static or self.calibrate is not None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -164,8 +185,18 @@ def _check_quantization(options: BuildOptions) -> None:
         raise ConfigError("--exclude says what --int4, --fp8 or --int8 leaves as it is: give one of them too")
     if options.calibrate is not None and not options.int4:
         raise ConfigError(f"--calibrate {options.calibrate} makes weights of four bits: give --int4 too")
-    if options.calibration_text is not None and options.calibrate is None:
-        raise ConfigError("--calibration-text is what --calibrate awq reads: give that too")
+    if options.activations is not None and options.int4:
+        raise ConfigError(
+            "--activations rounds to the format of the weights, and nothing multiplies four bits: give --fp8 "
+            "or --int8"
+        )
+    if options.activations is not None and options.weight_format is not None:
+        check_activations(options.chosen_runtime, options.weight_format, options.activations)
+    if options.calibration_text is not None and not options.reads_texts:
+        raise ConfigError(
+            "--calibration-text is what --calibrate awq reads, and --activations static with --fp8 or "
+            "--int8: give one of them too"
+        )
     if options.group_size is None:
         return
     if not options.int4:

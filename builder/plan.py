@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,13 @@ from trtforge.builder.quantization.calibration_texts import (
     check_modelopt,
     texts_digest,
 )
-from trtforge.builder.quantization.policy import Lowering, Quantization, choose_lowering
-from trtforge.builder.quantization.weights import QuantizedFormat
+from trtforge.builder.quantization.policy import (
+    Lowering,
+    Quantization,
+    check_stored_activations,
+    choose_lowering,
+)
+from trtforge.builder.quantization.weights import ActivationScheme, QuantizedLinear
 from trtforge.builder.sharding.split import Parallelism, split_heads, split_layers
 from trtforge.errors import ConfigError
 from trtforge.manifest import MAX_SLOTS, CacheDType, DType, KVCacheLayout, LayerCache, Limits, Runtime
@@ -43,6 +48,7 @@ class BuildPlan:
     parallelism: Parallelism
     target: EngineTarget | None = None  # None: a runtime without engines
     quantization: Quantization | None = None  # None: weights stay as the checkpoint has them
+    activations: ActivationScheme | None = None  # None: what is multiplied by weights is not rounded
     kv_cache_dtype: CacheDType | None = None  # None: `dtype`
     lowering: Lowering | None = None  # how the graph has quantized weights; None: there are none
 
@@ -53,18 +59,24 @@ class BuildPlan:
 
 
 def make_plan(
-    options: BuildOptions, config: Any, checkpoint_dtype: DType, quant_method: str | None = None
+    options: BuildOptions,
+    config: Any,
+    checkpoint_dtype: DType,
+    quant_method: str | None = None,
+    stored: Collection[QuantizedLinear] = (),
 ) -> BuildPlan:
     """Fill what `options` leave open from the Hugging Face `config` and the dtype of the weights.
 
-    `quant_method` is how weights are quantized already, if they are.
+    `quant_method` is how weights are quantized already, if they are, and `stored` what they are.
 
     Raises ConfigError if the model cannot have sequences of --max-model-len tokens, for a dtype or format
-    of weights that the runtime cannot compute in, for weights that would be quantized twice, and if
-    TensorRT is wanted and not there.
+    of weights that the runtime cannot compute in, for weights that would be quantized twice, for activations
+    that cannot be rounded as --activations says, and if TensorRT is wanted and not there.
     """
-    runtime: Runtime = "openvino" if options.runtime == "auto" else options.runtime
+    runtime = options.chosen_runtime
     quantization = _plan_quantization(options, quant_method)
+    if quantization is None:
+        _check_stored_activations(options, quant_method, stored)
     wanted = None if quantization is None else quantization.format
     is_quantized = wanted is not None or quant_method is not None
     return BuildPlan(
@@ -81,6 +93,7 @@ def make_plan(
         parallelism=choose_parallelism(options.tp, options.pp, config),
         target=choose_engine_target(options),
         quantization=quantization,
+        activations=options.activations,
         kv_cache_dtype=_CACHE_DTYPES[options.kv_cache_dtype],
         lowering=choose_lowering(runtime, wanted) if is_quantized else None,
     )
@@ -124,8 +137,7 @@ def _fp8_option(options: BuildOptions) -> str | None:
 
 
 def _plan_quantization(options: BuildOptions, quant_method: str | None) -> Quantization | None:
-    formats: tuple[QuantizedFormat, ...] = ("int4", "fp8", "int8")
-    wanted = next((name for name in formats if getattr(options, name)), None)
+    wanted = options.weight_format
     if wanted is None:
         return None
     if quant_method is not None:
@@ -134,10 +146,23 @@ def _plan_quantization(options: BuildOptions, quant_method: str | None) -> Quant
             "once more: leave the option out, or give the model that it was made from"
         )
     digest = None
-    if options.calibrate is not None:
+    if options.reads_texts:
         check_modelopt()
         digest = texts_digest(calibration_texts(options.calibration_text))
     return Quantization(wanted, options.group_size or max(GROUP_SIZES), options.exclude, digest)
+
+
+def _check_stored_activations(
+    options: BuildOptions, quant_method: str | None, stored: Collection[QuantizedLinear]
+) -> None:
+    if options.activations is None:
+        return
+    if quant_method is None:
+        raise ConfigError(
+            f"--activations {options.activations} rounds to the format of weights, which {options.model} has "
+            "in floats: give --fp8 or --int8 too"
+        )
+    check_stored_activations(options.chosen_runtime, options.activations, stored)
 
 
 def choose_max_model_len(wanted: int | None, config: Any, model: str) -> int:

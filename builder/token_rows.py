@@ -107,6 +107,9 @@ class _UnitAxis:
         x, weight = node.inputs
         return [self._rows[x], weight] if x in self._rows and rank_of(weight) == 2 else None
 
+    def _rounding(self, node: ir.Node) -> list[ir.Value | None] | None:
+        return self._elementwise(node) if rank_of(node.inputs[1]) == 0 else None
+
     def _gather(self, node: ir.Node) -> list[ir.Value | None] | None:
         data, indices = node.inputs
         if node.attributes.get_int("axis", 0) != 0 or (data in self._rows) == (indices in self._rows):
@@ -130,6 +133,8 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(_ALONG_LAST_AXIS, _UnitAxis._along_last_axis),
     **dict.fromkeys(_REDUCTIONS, _UnitAxis._reduction),
     "DistCollective": _UnitAxis._elementwise,  # of TensorRT: between ranks, whatever the shape
+    "QuantizeLinear": _UnitAxis._rounding,
+    "DequantizeLinear": _UnitAxis._rounding,
     "MatMul": _UnitAxis._mat_mul,
     "Gather": _UnitAxis._gather,
     "Reshape": _UnitAxis._reshape,

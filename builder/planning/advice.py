@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from trtforge.builder.planning.capacity import Capacity, plan_capacity
 from trtforge.builder.planning.deployment import Deployment, WeightFormatName
-from trtforge.builder.planning.gpus import FP8_CAPABILITY
 from trtforge.builder.planning.model_shape import ModelShape
 from trtforge.builder.planning.ranks import rank_heads
 
@@ -46,12 +45,8 @@ def _fits(model: ModelShape, deployment: Deployment) -> bool:
 
 def _smaller_formats(deployment: Deployment) -> Iterator[tuple[str, WeightFormatName]]:
     """Formats with fewer bits, and their options."""
-    compute = deployment.gpu.compute
     if deployment.weights == "16-bit":
-        if compute is None or compute.capability >= FP8_CAPABILITY:
-            yield "--fp8", "fp8"
-        else:
-            yield "--fp8 --weight-only", "fp8-weight-only"
+        yield "--fp8", "fp8-weight-only"
     if deployment.weights != "int4":
         yield "--int4", "int4"
 

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from trtforge.builder.planning.options import DTypeChoice, KVCacheChoice, PlanOptions
+from trtforge.builder.quantization.weights import ActivationScheme
 from trtforge.errors import ConfigError
 
 
@@ -23,11 +24,12 @@ def plan(
     gpu: Annotated[str, typer.Option(help="The GPU of every rank, such as h200; a wrong name lists all.")],
     tp: Annotated[int, typer.Option(help="Ranks that share every layer.")] = 1,
     pp: Annotated[int, typer.Option(help="Stages with some layers each.")] = 1,
-    fp8: Annotated[bool, typer.Option("--fp8", help="FP8 weights and matmuls.")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="FP8 weights, 16-bit matmuls.")] = False,
     int4: Annotated[bool, typer.Option("--int4", help="INT4 weights, 16-bit matmuls.")] = False,
-    weight_only: Annotated[
-        bool, typer.Option("--weight-only", help="With --fp8: FP8 weights, 16-bit matmuls.")
-    ] = False,
+    activations: Annotated[
+        ActivationScheme | None,
+        typer.Option(help="With --fp8: FP8 matmuls, as build-engine makes them.", show_default=False),
+    ] = None,
     dtype: Annotated[
         DTypeChoice, typer.Option(help="Of all that is not quantized; auto is the model's, or bfloat16.")
     ] = "auto",
@@ -67,7 +69,7 @@ def plan(
     \b
     Examples:
       trtforge plan ./Llama-3.1-8B --gpu h200
-      trtforge plan ./Llama-3.1-70B --gpu h100 --tp 4 --fp8 --kv-cache-dtype fp8
+      trtforge plan ./Llama-3.1-70B --gpu h100 --tp 4 --fp8 --activations dynamic
       trtforge plan Qwen/Qwen3-30B-A3B --gpu l40s --int4 --json plan.json --svg plan.svg
 
     \b
@@ -83,7 +85,7 @@ def plan(
         pp=pp,
         fp8=fp8,
         int4=int4,
-        weight_only=weight_only,
+        activations=activations,
         dtype=dtype,
         kv_cache_dtype=kv_cache_dtype,
         max_model_len=max_model_len,

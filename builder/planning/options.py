@@ -10,6 +10,7 @@ from typing_extensions import Self
 from trtforge.builder.options import check_positive
 from trtforge.builder.planning.deployment import Deployment, WeightFormatName
 from trtforge.builder.planning.gpus import FP8_CAPABILITY, find_gpu
+from trtforge.builder.quantization.weights import ActivationScheme
 from trtforge.errors import ConfigError
 from trtforge.manifest import Limits
 
@@ -31,7 +32,7 @@ class PlanOptions(BaseModel):
     pp: int = 1
     fp8: bool = False
     int4: bool = False
-    weight_only: bool = False
+    activations: ActivationScheme | None = None  # None: matmuls in 16 bit
     dtype: DTypeChoice = "auto"
     kv_cache_dtype: KVCacheChoice = "auto"
     max_model_len: int | None = None  # tokens
@@ -58,8 +59,8 @@ class PlanOptions(BaseModel):
                 raise ConfigError(f"{option} {fraction:g} is not allowed: it has to be above 0 and at most 1")
         if self.fp8 and self.int4:
             raise ConfigError("--fp8 and --int4 are two formats of the same weights: give one of them")
-        if self.weight_only and not self.fp8:
-            raise ConfigError("--weight-only says how --fp8 multiplies: give it with --fp8 only")
+        if self.activations is not None and not self.fp8:
+            raise ConfigError("--activations has --fp8 multiply in FP8: give it with --fp8 only")
         self._check_gpu()
         return self
 
@@ -67,15 +68,16 @@ class PlanOptions(BaseModel):
         compute = find_gpu(self.gpu).compute
         if self.weights == "fp8" and compute is not None and compute.capability < FP8_CAPABILITY:
             raise ConfigError(
-                f"--fp8 multiplies in FP8, which {self.gpu} (sm_{compute.capability}) cannot: it takes sm_"
-                f"{FP8_CAPABILITY} or newer; add --weight-only to keep activations in 16 bit, or use --int4"
+                f"--activations {self.activations} multiplies in FP8, which {self.gpu} "
+                f"(sm_{compute.capability}) cannot: it takes sm_{FP8_CAPABILITY} or newer; leave it out to "
+                "multiply in 16 bit"
             )
 
     @property
     def weights(self) -> WeightFormatName:
         """The format of the weights of matmuls."""
         if self.fp8:
-            return "fp8-weight-only" if self.weight_only else "fp8"
+            return "fp8-weight-only" if self.activations is None else "fp8"
         return "int4" if self.int4 else "16-bit"
 
     def deployment(self, max_model_len: int) -> Deployment:

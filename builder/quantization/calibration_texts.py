@@ -45,9 +45,12 @@ _MIN_LENGTH = 200  # characters
 
 
 def check_modelopt() -> None:
-    """Raises ConfigError if ModelOpt, which computes AWQ, is not installed."""
+    """Raises ConfigError if ModelOpt, which calibrates, is not installed."""
     if importlib.util.find_spec("modelopt") is None:
-        raise ConfigError(f"--calibrate awq needs the package {MODELOPT}: pip install 'trtforge[quantize]'")
+        raise ConfigError(
+            f"--calibrate awq and --activations static need the package {MODELOPT}: pip install "
+            "'trtforge[quantize]'"
+        )
 
 
 def calibration_texts(file: Path | None) -> list[str]:

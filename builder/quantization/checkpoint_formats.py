@@ -10,6 +10,12 @@ import ml_dtypes
 import numpy as np
 
 from trtforge.builder.quantization import bitsandbytes
+from trtforge.builder.quantization.checkpoint_activations import (
+    X_SCALE_PARTS,
+    of_compressed_tensors,
+    of_fp8,
+    of_modelopt,
+)
 from trtforge.builder.quantization.checkpoint_module import Module, Tensors
 from trtforge.builder.quantization.weights import (
     ComputedWeight,
@@ -40,7 +46,7 @@ _PARTS_OF_QUANTIZED = (
     "weight_zero_point",
     "weight_g_idx",
     "pre_quant_scale",
-    "input_scale",
+    *X_SCALE_PARTS,
     *bitsandbytes.PARTS,
 )
 # Scales of a quantized KV cache.
@@ -174,7 +180,7 @@ def _compressed_tensors(module: Module, config: Config) -> QuantizedLinear | Non
         if bits != {4}:
             raise module.refuse(f"packed with {', '.join(map(str, sorted(bits)))} bits")
         return _packed(module)
-    return _bytes_with_scale(module, "weight_scale")
+    return of_compressed_tensors(_bytes_with_scale(module, "weight_scale"), module, config)
 
 
 def _packed(module: Module) -> QuantizedLinear:
@@ -199,7 +205,7 @@ def _modelopt(module: Module, config: Config) -> QuantizedLinear | None:
         raise module.refuse(f"by {algorithm}")
     weight, scale = module.get("weight"), module.get("weight_scale")
     if weight is None or weight.dtype != "U8" or scale is None:
-        return _bytes_with_scale(module, "weight_scale")
+        return of_modelopt(_bytes_with_scale(module, "weight_scale"), module, config)
     half, in_features = weight.shape
 
     def read() -> Int4Weight:
@@ -221,7 +227,8 @@ def _fp8(module: Module, config: Config) -> QuantizedLinear | None:
     blocks = config.get("weight_block_size")
     if blocks is not None and list(blocks) != [SCALE_BLOCK, SCALE_BLOCK]:
         raise module.refuse(f"in blocks of {blocks}")
-    return _bytes_with_scale(module, "weight_scale_inv" if blocks else "weight_scale")
+    linear = _bytes_with_scale(module, "weight_scale_inv" if blocks else "weight_scale")
+    return of_fp8(linear, module, config)
 
 
 def _bytes_with_scale(module: Module, scale_part: str) -> QuantizedLinear | None:

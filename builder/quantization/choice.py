@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from trtforge.builder.quantization.policy import Lowering, Quantization, find_exclusion
+from trtforge.builder.quantization.policy import Lowering, Quantization, WeightPolicy, find_exclusion
 from trtforge.builder.quantization.rounding import round_weight
 from trtforge.builder.quantization.slices import take
 from trtforge.builder.quantization.units import FP8_COLUMNS, rank_group_size
@@ -25,6 +25,7 @@ _TORCH_DTYPES = {
     ir.DataType.BFLOAT16: torch.bfloat16,
     ir.DataType.FLOAT16: torch.float16,
 }
+_METHODS = {"int4": "AWQ", "int8": "SmoothQuant"}
 _NOT_QUANTIZED = "not quantized in the checkpoint"
 # What a router's scores may pass on their way to the choice of experts.
 _SCORE_OPERATORS = {"Cast", "Softmax", "Sigmoid", "Add", "Reshape", "Squeeze", "Flatten"}
@@ -42,13 +43,11 @@ def matrix_names(graph: ir.Graph, sources: Mapping[str, WeightSource]) -> list[s
 def choose_weight(
     value: ir.Value,
     source: WeightSource,
-    lowering: Lowering,
-    quantization: Quantization | None,
+    policy: WeightPolicy,
     output_embedding: str,
-    input_scale: Array | None,
 ) -> QuantizedLinear | str:
     """The quantized weight, or why there is none."""
-    stored = source.quantized
+    stored, quantization = source.quantized, policy.quantization
     if (
         not isinstance(stored, QuantizedLinear)
         and value.name == output_embedding
@@ -57,8 +56,8 @@ def choose_weight(
         return "the output embedding stays as it is by policy"
     reason = _why_no_projection(value)
     if isinstance(stored, QuantizedLinear):
-        reason = reason or _why_not_lowered(stored, lowering)
-        return f"dequantized: {reason}" if reason else stored
+        reason = reason or _why_not_lowered(stored, policy.lowering)
+        return f"dequantized: {reason}" if reason else _with_activations(stored, policy)
     if quantization is None:
         return _NOT_QUANTIZED if stored is None else stored.reason
     if reason:
@@ -72,8 +71,15 @@ def choose_weight(
         if group_size is None:
             in_features = value.shape[1]
             return f"{in_features} input features are no multiple of {min(GROUP_SIZES)}, the smallest group"
-    linear = _round_later(value.dtype, source, quantization, group_size, input_scale)
-    return _why_not_lowered(linear, lowering) or linear
+    linear = _round_later(value.dtype, source, quantization, group_size, policy)
+    return _why_not_lowered(linear, policy.lowering) or linear
+
+
+def _with_activations(stored: QuantizedLinear, policy: WeightPolicy) -> QuantizedLinear:
+    """What the checkpoint says of activations counts if it is asked for."""
+    if stored.activations == policy.activations:
+        return stored
+    return replace(stored, activations=None, read_x_scale=None)
 
 
 def _round_later(
@@ -81,10 +87,12 @@ def _round_later(
     source: WeightSource,
     quantization: Quantization,
     group_size: int | None,
-    input_scale: Array | None,
+    policy: WeightPolicy,
 ) -> QuantizedLinear:
     """A weight is rounded as if one rank had all of it: a row of 8 bits has one scale, so that a rank with
     some of its columns rounds all of them. Groups are rounded alone."""
+    input_scale = policy.calibration.input_scales.get(source.name)
+    x_scale = policy.calibration.x_scales.get(source.name)
     if input_scale is not None:  # as the graph will have it
         input_scale = input_scale.astype(dtype.numpy()).astype(np.float32)
     columns = source.columns
@@ -97,10 +105,14 @@ def _round_later(
     linear = QuantizedLinear(
         quantization.format,
         (out_features, in_features),
-        "rounded to the nearest" + (" with AWQ's scales" if input_scale is not None else ""),
+        "rounded to the nearest"
+        + ("" if input_scale is None else f" with {_METHODS[quantization.format]}'s scales"),
         partial(_round, make_tensor(dtype, source), quantization, group_size, input_scale),
         group_size,
         read_input_scale=None if input_scale is None else lambda: input_scale,
+        # ModelOpt may have met no such module.
+        activations=None if policy.activations == "static" and x_scale is None else policy.activations,
+        read_x_scale=None if x_scale is None else lambda: x_scale,
     )
     return linear if columns is None else take(source.name, linear, 1, columns.ranges)
 
@@ -109,6 +121,8 @@ def describe_weight(linear: QuantizedLinear, lowering: Lowering) -> str:
     """Where a quantized weight's numbers are from, and what the runtime does with them, in words."""
     if linear.format == "fp8" and lowering == "native":
         return f"{linear.source}; OpenVINO expands it to 16 bits or more when it loads it"
+    if linear.activations is not None:
+        return f"{linear.source}; activations are {linear.format} too, with {linear.activations} scales"
     return linear.source
 
 

@@ -8,18 +8,20 @@ from functools import partial
 
 import onnx_ir as ir
 
+from trtforge.builder.quantization.activations import round_activations
 from trtforge.builder.quantization.choice import choose_weight, describe_weight, matrix_names
 from trtforge.builder.quantization.parts import (
     INPUT_SCALE,
     PERM,
     SCALES,
     VALUES,
+    X_SCALE,
     ZEROS,
     LatestParts,
     declare_parts,
     make_parts,
 )
-from trtforge.builder.quantization.policy import InputScales, Lowering, Quantization, WeightChoice
+from trtforge.builder.quantization.policy import Lowering, WeightChoice, WeightPolicy
 from trtforge.builder.quantization.signed import (
     declare_signed_parts,
     make_signed_parts,
@@ -42,38 +44,33 @@ _DTYPE_NAMES = {
 def quantize_linears(
     graph: ir.Graph,
     sources: Mapping[str, WeightSource],
-    lowering: Lowering,
-    quantization: Quantization | None,
+    policy: WeightPolicy,
     output_embedding: str,
-    input_scales: InputScales,
 ) -> tuple[WeightChoice, ...]:
     """Change `graph` in place; returns what became of each weight of two dims or more.
 
-    Weights that the checkpoint holds quantized keep their numbers; others are rounded as `quantization` says,
-    with the `input_scales` that they have. No data is read before the graph's weights are written, and then
-    one weight at a time.
+    Weights that the checkpoint holds quantized keep their numbers; others are rounded as `policy` says. No
+    data is read before the graph's weights are written, and then one weight at a time.
 
-    Raises ConfigError if `quantization` can be applied to no weight, or not to the part of one that a rank
+    Raises ConfigError if the quantization can be applied to no weight, or not to the part of one that a rank
     has.
     """
-    latest = LatestParts()
+    latest, quantization = LatestParts(), policy.quantization
     choices = []
     for value in [graph.initializers[name] for name in matrix_names(graph, sources)]:
         source = sources[value.name]
-        found = choose_weight(
-            value, source, lowering, quantization, output_embedding, input_scales.get(source.name)
-        )
+        found = choose_weight(value, source, policy, output_embedding)
         choice = WeightChoice(
             name=value.name,
             shape=tuple(value.shape.numpy()),
             kind=_DTYPE_NAMES[value.dtype],
             group_size=None,
-            reason=found if isinstance(found, str) else describe_weight(found, lowering),
+            reason=found if isinstance(found, str) else describe_weight(found, policy.lowering),
             bytes_before=value.const_value.nbytes,
             bytes_after=value.const_value.nbytes,
         )
         if not isinstance(found, str):
-            nbytes = _replace_weight(graph, value, found, lowering, latest)
+            nbytes = _replace_weight(graph, value, found, policy.lowering, latest)
             choice = replace(choice, kind=found.format, group_size=found.group_size, bytes_after=nbytes)
         choices.append(choice)
     if quantization is not None and all(choice.kind != quantization.format for choice in choices):
@@ -104,6 +101,8 @@ def _replace_weight(
     for node in nodes:
         if INPUT_SCALE in parts:
             _insert(graph, node, ir.node("Mul", [node.inputs[0], parts[INPUT_SCALE]]))
+        if linear.activations is not None and lowering != "plugin":
+            round_activations(graph, node, linear.format, parts.get(X_SCALE))
         if linear.has_float_zeros:
             _use_arithmetic(graph, node, linear, parts, dtype)
         elif lowering == "native":
@@ -186,7 +185,9 @@ def _use_own_operator(
         spec, attributes = INT4_GEMM, INT4_GEMM.node_attributes()
         inputs.append(parts.get(PERM))
     else:
-        spec, attributes = FP8_GEMM, FP8_GEMM.node_attributes(scales=linear.scales, activation="none")
+        activation = linear.activations or "none"
+        spec, attributes = FP8_GEMM, FP8_GEMM.node_attributes(scales=linear.scales, activation=activation)
+        inputs.append(parts.get(X_SCALE))
     while inputs[-1] is None:
         inputs.pop()
     replacement = ir.node(spec.name, inputs, attributes, domain=DOMAIN)

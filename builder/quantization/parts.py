@@ -23,6 +23,7 @@ from trtforge.plugins.int4_gemm.packing import Int4Weight, pack
 from trtforge.plugins.op import Array
 
 VALUES, SCALES, ZEROS, PERM, INPUT_SCALE = "", "_scale", "_zero_point", "_perm", "_input_scale"
+X_SCALE = "_x_scale"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,8 @@ def declare_parts(linear: QuantizedLinear, lowering: Lowering, dtype: ir.DataTyp
         }
     if linear.read_input_scale is not None:
         parts[INPUT_SCALE] = Part(dtype, (in_features,))
+    if linear.read_x_scale is not None:
+        parts[X_SCALE] = Part(ir.DataType.FLOAT, (1,) if lowering == "plugin" else ())
     return parts
 
 
@@ -91,6 +94,8 @@ def make_parts(
     arrays = _native_arrays(linear, weight) if lowering == "native" else _plugin_arrays(weight, dtype)
     if linear.read_input_scale is not None:
         arrays[INPUT_SCALE] = linear.read_input_scale().astype(dtype.numpy())
+    if linear.read_x_scale is not None:
+        arrays[X_SCALE] = linear.read_x_scale()
     tensors = {}
     for key, part in declare_parts(linear, lowering, dtype).items():
         array = np.ascontiguousarray(arrays[key]).reshape(part.shape)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from trtforge.builder.quantization.weights import QuantizedFormat
+from trtforge.builder.quantization.weights import ActivationScheme, QuantizedFormat, QuantizedLinear
 from trtforge.errors import ConfigError
 from trtforge.manifest import Runtime
 from trtforge.plugins.int4_gemm.op import GROUP_SIZES
@@ -31,9 +31,30 @@ _FORMATS: dict[Lowering, tuple[QuantizedFormat, ...]] = {
     "plugin": ("int4", "fp8"),
 }
 
+# What rounds activations, too, to the format of the weights.
+_SCHEMES: dict[tuple[Lowering, QuantizedFormat], tuple[ActivationScheme, ...]] = {
+    ("native", "int8"): ("static",),
+    ("signed", "fp8"): ("dynamic", "static"),
+    ("signed", "int8"): ("dynamic", "static"),
+    ("plugin", "fp8"): ("dynamic", "static"),
+}
 
-# What inputs of a projection are multiplied by, [in], and its weight's columns divided, by the weight's name.
-InputScales = Mapping[str, npt.NDArray[np.float32]]
+_REASONS: dict[tuple[Runtime, QuantizedFormat], str] = {
+    ("openvino", "fp8"): "which multiplies no 8-bit floats",
+    ("openvino", "int8"): "which rounds them by itself, a scale a token, in builds of --dtype bfloat16",
+}
+
+Scales = Mapping[str, npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What a model showed that read texts, by the names of weights."""
+
+    # What inputs of a projection are multiplied by, [in], and its weight's columns divided.
+    input_scales: Scales = field(default_factory=dict)
+    # What one is in activations that are rounded to the weight's format, [].
+    x_scales: Scales = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +64,17 @@ class Quantization:
     format: QuantizedFormat
     group_size: int = max(GROUP_SIZES)  # of int4: input features that share a scale, at most
     exclude: tuple[str, ...] = ()  # fnmatch patterns of weights that stay as they are
-    calibration_sha256: str | None = None  # of the texts that AWQ reads; None: no AWQ
+    calibration_sha256: str | None = None  # of the texts that the model reads; None: no calibration
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPolicy:
+    """What is wanted of all weights of a graph, and how it is expressed."""
+
+    lowering: Lowering
+    quantization: Quantization | None = None  # None: weights stay as the checkpoint has them
+    activations: ActivationScheme | None = None  # None: what is multiplied by weights is not rounded
+    calibration: Calibration = field(default_factory=Calibration)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +116,40 @@ def choose_lowering(runtime: Runtime, wanted: QuantizedFormat | None) -> Lowerin
             "use " + " or ".join(f"--{name}" for name in _FORMATS[lowering])
         )
     return lowering
+
+
+def check_activations(runtime: Runtime, wanted: QuantizedFormat, activations: ActivationScheme) -> None:
+    """Raises ConfigError if `runtime` cannot round activations to the format of the weights in that way."""
+    possible = _SCHEMES.get((choose_lowering(runtime, wanted), wanted), ())
+    if activations in possible:
+        return
+    others = [f"use --activations {scheme}" for scheme in possible]
+    raise ConfigError(
+        f"--activations {activations} cannot be built for {wanted} weights and --runtime {runtime}, "
+        + _REASONS.get((runtime, wanted), "which has no such product")
+        + f": {' or '.join([*others, 'leave it out'])}"
+    )
+
+
+def check_stored_activations(
+    runtime: Runtime, activations: ActivationScheme, linears: Collection[QuantizedLinear]
+) -> None:
+    """Raises ConfigError unless some of a checkpoint's quantized weights, and none that `runtime` cannot
+    express, are for activations that are rounded in that way."""
+    found = [linear for linear in linears if linear.activations == activations]
+    if not found:
+        schemes = sorted({linear.activations or "none" for linear in linears})
+        raise ConfigError(
+            f"--activations {activations} does not fit this checkpoint, whose quantized weights say for "
+            f"activations: {', '.join(schemes)}"
+        )
+    for wanted in sorted({linear.format for linear in found}):
+        check_activations(runtime, wanted, activations)
+    if LOWERINGS[runtime] == "signed" and any(linear.scales == "block" for linear in found):
+        raise ConfigError(
+            f"--activations {activations} cannot be built for weights with scales of blocks and --runtime "
+            f"{runtime}, which has one scale for each token: leave it out"
+        )
 
 
 def choose_group_size(in_features: int, largest: int) -> int | None:

@@ -16,6 +16,7 @@ from trtforge.builder.quantization.parts import (
     PERM,
     SCALES,
     VALUES,
+    X_SCALE,
     Part,
     pack_nibbles,
 )
@@ -49,6 +50,8 @@ def declare_signed_parts(linear: QuantizedLinear, dtype: ir.DataType) -> dict[st
         parts = {VALUES: Part(ir.DataType.INT8, linear.shape), SCALES: Part(dtype, (out_features,))}
     if linear.read_input_scale is not None:
         parts[INPUT_SCALE] = Part(dtype, (in_features,))
+    if linear.read_x_scale is not None:
+        parts[X_SCALE] = Part(dtype, ())
     return parts
 
 
@@ -57,6 +60,8 @@ def make_signed_parts(linear: QuantizedLinear, dtype: ir.DataType) -> dict[str, 
     arrays = _arrays(linear)
     if linear.read_input_scale is not None:
         arrays[INPUT_SCALE] = linear.read_input_scale()
+    if linear.read_x_scale is not None:
+        arrays[X_SCALE] = linear.read_x_scale()
     tensors: dict[str, ir.TensorProtocol] = {}
     for key, part in declare_signed_parts(linear, dtype).items():
         array = np.ascontiguousarray(arrays[key]).reshape(part.shape)

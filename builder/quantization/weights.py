@@ -16,6 +16,8 @@ from trtforge.plugins.op import Array
 
 QuantizedFormat = Literal["int4", "fp8", "int8"]
 ScaleKind = Literal["tensor", "channel", "block"]
+# Where the scale of rounded activations is from: known before, or that of each token's largest magnitude.
+ActivationScheme = Literal["dynamic", "static"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,6 +131,9 @@ class QuantizedLinear:
     has_float_zeros: bool = False  # of int4: AffineInt4Weight
     # [in], float32: what inputs are multiplied by before the weight.
     read_input_scale: Callable[[], Array] | None = None
+    # How inputs are rounded to the weight's format, fp8 or int8; None: they are not.
+    activations: ActivationScheme | None = None
+    read_x_scale: Callable[[], Array] | None = None  # [], float32: what one is in rounded static activations
 
     def dequantize(self) -> npt.NDArray[np.float32]:
         """The weight [out, in] that does the same to inputs as they are."""

@@ -30,6 +30,8 @@ from trtforge.runtime.scheduling.block_moves import BlockMoves
 
 logger = logging.getLogger(__name__)
 
+_VNNI = {"avx512_vnni", "avx_vnni", "amx_int8"}  # as Linux names them
+
 # float16 is not among them: the CPU plugin takes it as a hint and computes wrong results.
 _PRECISIONS: Mapping[DType, str] = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -37,6 +39,13 @@ _PRECISIONS: Mapping[DType, str] = {"float32": "f32", "bfloat16": "bf16"}
 def has_bfloat16() -> bool:
     """Whether this CPU computes in bfloat16."""
     return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def multiplies_integers() -> bool:
+    """Whether this CPU adds products of bytes up in 32 bits, as those with VNNI do. On others OpenVINO adds
+    two of them in 16 bits, which overflow."""
+    flags = Path("/proc/cpuinfo").read_text().split()
+    return not _VNNI.isdisjoint(flags)
 
 
 class OpenVINOExecutor:
@@ -83,7 +92,11 @@ class OpenVINOExecutor:
         self._is_last = communicator is None or communicator.is_last
         self._sums = None if communicator is None else RankSums(communicator)
         model = read_graph(
-            path, manifest.kv_cache.layers, transpose_weights=transpose_weights, sums=self._sums
+            path,
+            manifest.kv_cache.layers,
+            transpose_weights=transpose_weights,
+            multiply_integers=multiplies_integers(),
+            sums=self._sums,
         )
         config = {
             "INFERENCE_PRECISION_HINT": _PRECISIONS[dtype],

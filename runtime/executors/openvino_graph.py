@@ -25,7 +25,7 @@ from trtforge.plugins.paged_attention.op import PAGED_ATTENTION
 from trtforge.runtime.executors.graph_file import read_graph_file, weight_files
 from trtforge.runtime.executors.openvino_all_reduce import RankSums
 from trtforge.runtime.executors.openvino_passes import compute_in_float32, is_constant, merge_projections
-from trtforge.runtime.executors.openvino_weights import dequantization_converter
+from trtforge.runtime.executors.openvino_weights import dequantization_converter, quantization_converter
 
 BLOCK_SIZE = 32  # tokens; fixed in the CPU plugin
 
@@ -113,6 +113,7 @@ def read_graph(
     layers: tuple[LayerCache, ...],
     *,
     transpose_weights: bool = False,
+    multiply_integers: bool = False,
     sums: RankSums | None = None,
 ) -> ov.Model:
     """Read the graph that the builder wrote, for the CPU plugin.
@@ -120,6 +121,7 @@ def read_graph(
     Inputs are TOKEN_INPUTS, STEP_INPUTS and two caches a layer, whose type and shape the plugin chooses when
     it compiles; the only output is logits, or hidden states of a stage that is not the last. Weights stay in
     the graph's files, mapped into memory; `transpose_weights` copies those of Linear nodes to [in, out].
+    With `multiply_integers` products of 8-bit activations are those of integers, else of floats.
     `sums` are those of AllReduce nodes, which no other graph may have.
 
     Raises ConfigError if there is no graph or OpenVINO's operators cannot express it, and EngineBuildError
@@ -131,6 +133,7 @@ def read_graph(
     core = ov.Core()
     core.add_extension(ConversionExtension("Linear", _DOMAIN, _linear_converter(transpose_weights)))
     core.add_extension(ConversionExtension("DequantizeLinear", "", dequantization_converter(is_bfloat16)))
+    core.add_extension(ConversionExtension("QuantizeLinear", "", quantization_converter(multiply_integers)))
     core.add_extension(ConversionExtension("PagedAttention", _DOMAIN, _attention_converter(layers)))
     if sums is not None:
         core.add_extension(ConversionExtension("AllReduce", _DOMAIN, sums.converter()))

@@ -1,4 +1,4 @@
-"""Quantized weights of the graph as OpenVINO's CPU plugin takes them."""
+"""Quantized weights and activations of the graph as OpenVINO's CPU plugin takes them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,29 @@ import numpy.typing as npt
 import openvino as ov
 import openvino.opset13 as ops
 
+from trtforge.runtime.executors.openvino_passes import is_constant
+
 _FP8_BLOCK_SIZE = 128
 _EXPANDED_ROWS = 256  # at a time, for little memory
+
+
+def quantization_converter(multiply_integers: bool) -> Callable[[Any], list[Any]]:
+    """Converts ONNX's QuantizeLinear of activations to int8 with one scale, and the DequantizeLinear behind.
+
+    Both are one FakeQuantize, from which the plugin makes products of integers; or, without
+    `multiply_integers`, arithmetic in which it recognizes none.
+    """
+
+    def convert(context: Any) -> list[Any]:
+        x, scale = context.get_input(0), float(context.get_input(1).get_node().data)
+        if multiply_integers:
+            low, high = (ops.constant(np.float32(number * scale)) for number in (-128, 127))
+            return [ops.fake_quantize(x, low, high, low, high, 256).output(0)]
+        step = ops.constant(np.float32(scale))
+        rounded = ops.clamp(ops.round(ops.divide(x, step), "half_to_even"), -128, 127)
+        return [ops.multiply(rounded, step).output(0)]
+
+    return convert
 
 
 def dequantization_converter(is_bfloat16: bool) -> Callable[[Any], list[Any]]:
@@ -22,6 +43,8 @@ def dequantization_converter(is_bfloat16: bool) -> Callable[[Any], list[Any]]:
     """
 
     def convert(context: Any) -> list[Any]:
+        if not is_constant(context.get_input(0)):
+            return [context.get_input(0)]  # activations: see `quantization_converter`
         weight, scales = context.get_input(0).get_node(), context.get_input(1).get_node()
         if weight.get_output_element_type(0) == ov.Type.f8e4m3:
             return [_expand_fp8(weight, scales, is_bfloat16).output(0)]

@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from transformers import BloomConfig, GPT2Config, LlamaConfig
 from trtforge import cli
 from trtforge.builder.options import BuildOptions, parse_bytes
 from trtforge.builder.plan import BuildPlan, make_plan, plan_kv_cache
+from trtforge.builder.quantization.weights import ActivationScheme, QuantizedLinear
 from trtforge.builder.sharding.split import Parallelism
 from trtforge.errors import ConfigError
 from trtforge.manifest import LayerCache, Limits
@@ -40,6 +42,25 @@ def plan(max_model_len: int = 8192, kv_cache_bytes: int | None = None, block_siz
         (["--fp8", "--group-size", "64"], "--group-size is for the scales of --int4"),
         (["--fp8", "--calibrate", "awq"], "--calibrate awq makes weights of four bits: give --int4 too"),
         (["--int4", "--calibration-text", "x"], "--calibration-text is what --calibrate awq reads"),
+        (["--int4", "--activations", "static"], "nothing multiplies four bits: give --fp8 or --int8"),
+        (
+            ["--fp8", "--activations", "static"],
+            "--activations static cannot be built for fp8 weights and --runtime openvino, which multiplies "
+            "no 8-bit floats: leave it out",
+        ),
+        (
+            ["--int8", "--activations", "dynamic"],
+            "rounds them by itself, a scale a token, in builds of --dtype bfloat16: use --activations static "
+            "or leave it out",
+        ),
+        (
+            ["--int8", "--activations", "static", "--runtime", "tensorrt"],
+            "--int8 cannot be built for --runtime tensorrt",
+        ),
+        (
+            ["--fp8", "--activations", "dynamic", "--runtime", "reference", "--calibration-text", "x"],
+            "--calibration-text is what --calibrate awq reads, and --activations static with --fp8 or --int8",
+        ),
         (
             ["--kv-cache-dtype", "int8", "--runtime", "reference"],
             "int8 is no KV cache of --runtime reference: it is OpenVINO's own; leave the option out, or use "
@@ -236,3 +257,24 @@ def test_quantized_weights_are_not_rounded_once_more() -> None:
     with pytest.raises(ConfigError, match=r"is quantized already \(gptq\), and --int4 would round"):
         make_plan(options(int4=True), LlamaConfig(), "float16", "gptq")
     assert make_plan(options(), LlamaConfig(), "float16", "gptq").quantization is None
+
+
+def test_activations_of_a_quantized_checkpoint_are_those_it_was_made_for() -> None:
+    def stored(activations: ActivationScheme | None, **others: Any) -> QuantizedLinear:
+        read = lambda: pytest.fail("no weight is read")  # noqa: E731
+        return QuantizedLinear("fp8", (32, 32), "a test", read, activations=activations, **others)
+
+    def plan_of(activations: str, runtime: str, *linears: QuantizedLinear) -> BuildPlan:
+        wanted = options(activations=activations, runtime=runtime)
+        return make_plan(wanted, LlamaConfig(), "bfloat16", "fp8" if linears else None, linears)
+
+    with pytest.raises(ConfigError, match="model has in floats: give --fp8 or --int8 too"):
+        plan_of("dynamic", "reference")
+    with pytest.raises(ConfigError, match="weights say for activations: none, static"):
+        plan_of("dynamic", "reference", stored("static"), stored(None))
+    with pytest.raises(ConfigError, match="openvino, which multiplies no 8-bit floats: leave it out"):
+        plan_of("static", "openvino", stored("static"))
+    with pytest.raises(ConfigError, match="scales of blocks and --runtime tensorrt-rtx"):
+        plan_of("dynamic", "tensorrt-rtx", stored("dynamic", scales="block"))
+    plan = plan_of("dynamic", "reference", stored("dynamic", scales="block"))
+    assert (plan.activations, plan.quantization) == ("dynamic", None)

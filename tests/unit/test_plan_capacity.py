@@ -254,7 +254,7 @@ def test_a_sequence_that_is_too_long() -> None:
 
 def test_what_takes_two_changes() -> None:
     plan = deployment("a100-80gb")
-    assert remedies(shape("llama-405b"), plan) == ["--fp8 --weight-only --tp 8", "--int4 --tp 4"]
+    assert remedies(shape("llama-405b"), plan) == ["--fp8 --tp 8", "--int4 --tp 4"]
     assert remedies(shape("deepseek-v3"), deployment("rtx4090")) == []
     assert remedies(shape("llama-8b"), plan) == []
 

@@ -86,9 +86,9 @@ def test_a_gpu_without_rates_has_no_times(run: Run, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("--gpu", "h300"), ", ".join(GPUS)),
-        (("--gpu", "a100-80gb", "--fp8"), "sm_80"),
+        (("--gpu", "a100-80gb", "--fp8", "--activations", "dynamic"), "sm_80"),
         (("--gpu", "h200", "--fp8", "--int4"), "one of them"),
-        (("--gpu", "h200", "--weight-only"), "--fp8"),
+        (("--gpu", "h200", "--int4", "--activations", "static"), "--fp8"),
         (("--gpu", "h200", "--tp", "0"), "--tp 0"),
         (("--gpu", "h200", "--tp", "32"), "16 attention heads"),
         (("--gpu", "h200", "--pp", "5"), "4 layers"),

@@ -20,13 +20,13 @@ from trtforge.builder.build import build
 from trtforge.builder.checkpoint import Checkpoint
 from trtforge.builder.export import ExportedModel, export_model, write_graph
 from trtforge.builder.options import BuildOptions
-from trtforge.builder.quantization.awq import calibrate_awq
+from trtforge.builder.quantization.calibration import calibrate
 from trtforge.builder.quantization.calibration_texts import calibration_texts
 from trtforge.builder.quantization.parts import LatestParts, Part
 from trtforge.builder.quantization.policy import (
-    InputScales,
     Lowering,
     Quantization,
+    Scales,
     check_exclusions,
     choose_lowering,
 )
@@ -315,19 +315,21 @@ def test_awq_finds_scales_once_and_weights_are_rounded_with_them(
     AutoModelForCausalLM.from_config(config).save_pretrained(model)
     checkpoint = Checkpoint.open(str(model))
     texts = calibration_texts(None)
-    cache = tmp_path / "trtforge" / "awq"
+    cache = tmp_path / "trtforge" / "calibration"
     progress: list[tuple[int, int]] = []
     quantization = Quantization("int4", exclude=("model.layers.1.mlp.*",), calibration_sha256="any")
 
-    def calibrate() -> InputScales:
-        return calibrate_awq(checkpoint, quantization, texts, cache, lambda *counts: progress.append(counts))
+    def find_scales() -> Scales:
+        found = calibrate(checkpoint, quantization, texts, cache, lambda *counts: progress.append(counts))
+        assert not found.x_scales
+        return found.input_scales
 
     with pytest.raises(ConfigError, match=r"the calibration text has [0-9]+ tokens: give at least 256"):
-        calibrate_awq(checkpoint, quantization, ["short"], cache, lambda *counts: None)
-    scales = calibrate()
+        calibrate(checkpoint, quantization, ["short"], cache, lambda *counts: None)
+    scales = find_scales()
     assert progress[-1] == (64, 64)
     calls = len(progress)
-    assert calibrate().keys() == scales.keys()
+    assert find_scales().keys() == scales.keys()
     assert len(progress) == calls
     assert len(scales) == 11
     assert any(scale.std() > 0.01 for scale in scales.values())

@@ -141,6 +141,10 @@ def fp8_tensor(weight: np.ndarray) -> Stored:
     return fp8(weight, torch.tensor(0.01), "weight_scale", input_scale=torch.tensor(0.5))
 
 
+def fp8_transformers(weight: np.ndarray) -> Stored:
+    return fp8(weight, torch.tensor(0.01), "weight_scale", activation_scale=torch.tensor(0.5))
+
+
 def fp8_channel(weight: np.ndarray) -> Stored:
     return fp8(weight, torch.rand(len(weight), 1) * 0.01 + 0.005, "weight_scale")
 
@@ -319,6 +323,82 @@ def test_runtimes_compute_with_the_numbers_of_the_checkpoint(
             hf.get_parameter(key).copy_(weight)
         expected = hf(torch.tensor([TEXT])).logits[0].numpy()
     assert np.linalg.norm(logits - expected) < tolerance * np.linalg.norm(expected)
+
+
+def of_inputs(layout: str, **inputs: object) -> dict[str, Any]:
+    settings = compressed(layout, num_bits=8)
+    settings["config_groups"]["group_0"]["input_activations"] = inputs or None
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "store", "activations"),
+    [
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, fp8_tensor, "static"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, fp8_channel, "dynamic"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}, fp8_channel, None),
+        (of_inputs("float-quantized", num_bits=8, dynamic=False), fp8_tensor, "static"),
+        (of_inputs("float-quantized", num_bits=8, dynamic=True, strategy="token"), fp8_channel, "dynamic"),
+        (of_inputs("float-quantized"), fp8_channel, None),
+        (of_inputs("int-quantized", num_bits=8, dynamic=True, symmetric=True), int8_channel, "dynamic"),
+        (of_inputs("int-quantized", num_bits=8, dynamic=True, symmetric=False), int8_channel, None),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, fp8_transformers, "static"),
+        (FORMATS["deepseek-fp8"][0] | {"activation_scheme": "dynamic"}, fp8_block, "dynamic"),
+    ],
+)
+def test_activations_are_what_the_format_says(
+    tiny_llama: Path,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    store: Callable[[np.ndarray], Stored],
+    activations: str | None,
+) -> None:
+    quantize(tiny_llama, tmp_path / "model", settings, store)
+    checkpoint = Checkpoint.open(str(tmp_path / "model"))
+    for linear in checkpoint.quantized.values():
+        assert linear.activations == activations
+        if activations == "static":
+            assert linear.read_x_scale() == np.float32(0.5)
+        else:
+            assert linear.read_x_scale is None
+    assert not [name for name in checkpoint.tensors if "scale" in name]
+
+
+@pytest.mark.parametrize(("name", "activations"), [("modelopt-fp8", "static"), ("deepseek-fp8", "dynamic")])
+def test_activations_are_rounded_as_the_checkpoint_says_if_asked_to(
+    tiny_llama: Path,
+    tmp_path: Path,
+    make_manifest: MakeManifest,
+    drive: Drive,
+    name: str,
+    activations: Any,
+) -> None:
+    logging.getLogger("torch.onnx._internal.exporter").setLevel(logging.ERROR)
+    settings, store, _ = FORMATS[name]
+    weights = quantize(tiny_llama, tmp_path / "model", settings, store)
+    checkpoint = Checkpoint.open(str(tmp_path / "model"))
+    exported = export_model(checkpoint, "float32", lowering="plugin", activations=activations)
+    write_graph(exported, tmp_path)
+    executor = ReferenceExecutor(tmp_path, make_manifest(exported.layers), device=torch.device("cpu"))
+    logits = drive(executor).run([{"a": TEXT}])["a"]
+
+    def change(_: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
+        (x,) = args
+        # No projection has more inputs than a block.
+        scale = x.abs().amax(-1, keepdim=True) / 448 if activations == "dynamic" else 0.5
+        return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+    hf = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        for key, weight in weights.items():
+            hf.get_parameter(key).copy_(weight)
+        unrounded = hf(torch.tensor([TEXT])).logits[0].numpy()
+        for key in weights:
+            hf.get_submodule(key.removesuffix(".weight")).register_forward_pre_hook(change)
+        expected = hf(torch.tensor([TEXT])).logits[0].numpy()
+    effect = np.linalg.norm(unrounded - expected)
+    assert effect > 0.01 * np.linalg.norm(expected)
+    assert np.linalg.norm(logits - expected) < effect / 5
 
 
 @pytest.mark.parametrize("nested", [True, False])

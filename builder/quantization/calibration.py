@@ -1,7 +1,8 @@
-"""AWQ (arXiv 2306.00978), which NVIDIA ModelOpt computes: scales of inputs that protect what matters.
+"""Scales that NVIDIA ModelOpt finds by what a model reads: of AWQ (arXiv 2306.00978), of static activations,
+and of SmoothQuant (arXiv 2211.10438).
 
 The whole model is loaded and run on the calibration texts. What comes out are the scales alone: weights are
-divided by them when the build rounds them.
+divided by those of inputs when the build rounds them.
 """
 
 from __future__ import annotations
@@ -18,42 +19,41 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trtforge.builder.checkpoint import Checkpoint
 from trtforge.builder.quantization.calibration_texts import MODELOPT, texts_digest
-from trtforge.builder.quantization.policy import (
-    InputScales,
-    Quantization,
-    check_exclusions,
-    check_projections,
-    choose_group_size,
-    find_exclusion,
+from trtforge.builder.quantization.policy import Calibration, Quantization
+from trtforge.builder.quantization.recipes import (
+    SMOOTHQUANT_ALPHA,
+    make_recipe,
+    pack_scales,
+    read_scales,
+    unpack_scales,
 )
 from trtforge.errors import ConfigError, ExportError
 
 _TOOLS = (MODELOPT, "torch", "transformers")
 _NUM_SEQUENCES, _SEQUENCE_TOKENS = 32, 256
-_BATCH = 16  # sequences; with each batch ModelOpt rounds all weights again, for each scale that it tries
+_BATCH = 16  # sequences; with each batch AWQ rounds all weights again, for each scale that it tries
 
 
 def default_cache_folder() -> Path:
     """Where scales are kept for later builds."""
     root = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(root) / "trtforge" / "awq"
+    return Path(root) / "trtforge" / "calibration"
 
 
-def calibrate_awq(
+def calibrate(
     checkpoint: Checkpoint,
     quantization: Quantization,
     texts: list[str],
     cache: Path,
     on_progress: Callable[[int, int], None],
-) -> InputScales:
-    """What the inputs of each projection are multiplied by, by the name of its weight.
+) -> Calibration:
+    """AWQ's scales for weights of int4, else those of static activations: with SmoothQuant's for int8.
 
     They are kept in `cache`, and found there if the same is asked for again. `on_progress(done, total)`
     counts sequences of `texts` that the model has read. Raises ConfigError for texts that are too short or a
@@ -61,14 +61,14 @@ def calibrate_awq(
     """
     if checkpoint.gguf is not None:
         raise ConfigError(
-            "--calibrate awq loads the model by transformers: give its Hugging Face folder instead of "
+            "calibration loads the model by transformers: give its Hugging Face folder instead of "
             f"{checkpoint.gguf}"
         )
     file = cache / f"{_key(checkpoint.content_key(), quantization, texts)}.safetensors"
     if not file.is_file():
         try:
             with _quiet():
-                scales = _calibrate(checkpoint, quantization, texts, on_progress)
+                found = _calibrate(checkpoint, quantization, texts, on_progress)
         except ConfigError:
             raise
         except Exception as error:  # ModelOpt, and modeling code under it, raise nearly everything
@@ -76,16 +76,17 @@ def calibrate_awq(
             raise ExportError(f"{MODELOPT} cannot calibrate {checkpoint.path}: {reason}") from error
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".making-") as scratch:
-            save_file(dict(scales), Path(scratch, file.name))
+            save_file(dict(pack_scales(found)), Path(scratch, file.name))
             Path(scratch, file.name).replace(file)
-    found: InputScales = load_file(file)
-    return found
+    return unpack_scales(load_file(file))
 
 
 def _key(content_key: str, quantization: Quantization, texts: list[str]) -> str:
     parts = {
         "content": content_key,
+        "format": quantization.format,
         "group_size": quantization.group_size,
+        "smoothquant_alpha": SMOOTHQUANT_ALPHA,
         "exclude": quantization.exclude,
         "texts": texts_digest(texts),
         "sizes": [_NUM_SEQUENCES, _SEQUENCE_TOKENS],
@@ -99,14 +100,14 @@ def _calibrate(
     quantization: Quantization,
     texts: list[str],
     on_progress: Callable[[int, int], None],
-) -> InputScales:
+) -> Calibration:
     import modelopt.torch.quantization as mtq
 
     dtype = getattr(torch, checkpoint.dtype)
     hf = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, trust_remote_code=False).eval()
     sequences = _sequences(checkpoint.path, texts)
-    # It runs the model once to collect statistics and once to search.
-    total, done = 2 * len(sequences), 0
+    recipe = make_recipe(hf, quantization)
+    total, done = recipe.num_passes * len(sequences), 0
 
     def run(model: Any) -> None:
         nonlocal done
@@ -116,21 +117,16 @@ def _calibrate(
             on_progress(min(done, total), total)
 
     with torch.no_grad():
-        mtq.quantize(
-            hf, {"quant_cfg": _recipe(hf, quantization), "algorithm": mtq.INT4_AWQ_CFG["algorithm"]}, run
-        )
-    # Not by ModelOpt's export, which gives q, k and v a common scale that fits none of them.
-    found = {}
-    for name, module in hf.named_modules():
-        scale = getattr(getattr(module, "input_quantizer", None), "pre_quant_scale", None)
-        if scale is not None:
-            found[f"{name}.weight"] = np.ascontiguousarray(scale.detach().float().reshape(-1).numpy())
-    return found
+        mtq.quantize(hf, recipe.config, run)
+    return read_scales(hf, quantization)
 
 
 def _sequences(folder: Path, texts: list[str]) -> torch.Tensor:
-    """[num_sequences, _SEQUENCE_TOKENS] of tokens, all texts one after the other."""
+    """[num_sequences, _SEQUENCE_TOKENS] of tokens, all texts one after the other, behind the tokenizer's own
+    first ones: what <s> makes a model compute can be larger than all else."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    plain, prompt = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    first = prompt[: next((i for i in range(len(prompt)) if prompt[i:][: len(plain)] == plain), 0)]
     wanted = _NUM_SEQUENCES * _SEQUENCE_TOKENS
     tokens: list[int] = []
     for text in texts:
@@ -143,28 +139,8 @@ def _sequences(folder: Path, texts: list[str]) -> torch.Tensor:
             f"the calibration text has {len(tokens)} tokens: give at least {_SEQUENCE_TOKENS}, and better "
             f"{wanted}"
         )
-    return torch.tensor(tokens[: num_sequences * _SEQUENCE_TOKENS]).reshape(num_sequences, -1)
-
-
-def _recipe(hf: Any, quantization: Quantization) -> list[dict[str, Any]]:
-    """ModelOpt's settings: everything off but the weights of projections that have groups."""
-    check_exclusions([name for name, _ in hf.named_parameters()], quantization.exclude)
-    embedding = hf.get_output_embeddings()
-    linears = {
-        name: module.in_features
-        for name, module in hf.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and module is not embedding
-        and find_exclusion(f"{name}.weight", quantization.exclude) is None
-    }
-    sizes = {name: choose_group_size(columns, quantization.group_size) for name, columns in linears.items()}
-    check_projections({f"{name}.weight": columns for name, columns in linears.items()}, quantization)
-    recipe: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    for name, size in sizes.items():
-        if size is not None:
-            settings = {"num_bits": 4, "block_sizes": {-1: size, "type": "static"}}
-            recipe.append({"quantizer_name": f"{name}.weight_quantizer", "cfg": settings})
-    return recipe
+    sequences = torch.tensor(tokens[: num_sequences * _SEQUENCE_TOKENS]).reshape(num_sequences, -1)
+    return torch.cat([torch.tensor(first, dtype=torch.int64).expand(num_sequences, -1), sequences], 1)
 
 
 @contextmanager
