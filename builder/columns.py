@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+Ranges: TypeAlias = tuple[tuple[int, int], ...]  # start and stop of each, ascending
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +17,7 @@ class Columns:
     """The `ranges` of rows that have `size` elements each."""
 
     size: int
-    ranges: tuple[tuple[int, int], ...]
+    ranges: Ranges
 
     def of(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """What of the last axis is in these columns."""

@@ -10,6 +10,11 @@ from torch.nn.functional import gelu, silu
 from trtforge.errors import ExportError
 
 
+def is_experts(module: Any) -> bool:
+    """Whether the module is the experts of a layer, stacked, whose call the trace replaces."""
+    return hasattr(module, "_apply_gate")
+
+
 def recognize_activation(module: Any) -> dict[str, str | float]:
     """The attributes of MoeExperts that say what the module's gate computes.
 

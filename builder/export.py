@@ -13,10 +13,13 @@ import onnx_ir as ir
 import torch
 
 from trtforge.builder.checkpoint import Checkpoint, read_json
+from trtforge.builder.checkpoint_weights import locate_weights
+from trtforge.builder.experts import is_experts
 from trtforge.builder.meta_model import build_meta_model
 from trtforge.builder.optimize import optimize
 from trtforge.builder.quantization.cache_scales import attach_cache_scales
-from trtforge.builder.quantization.lowering import quantize_linears
+from trtforge.builder.quantization.experts import in_axis
+from trtforge.builder.quantization.lowering import quantize_weights
 from trtforge.builder.quantization.policy import (
     Calibration,
     Lowering,
@@ -36,7 +39,6 @@ from trtforge.builder.weights import (
     attach_weights,
     detach_weights,
     is_weight,
-    locate_weights,
 )
 from trtforge.builder.weights_file import write_weights
 from trtforge.manifest import CacheDType, DType, LayerCache
@@ -44,6 +46,7 @@ from trtforge.plugins.paged_attention.op import PAGED_ATTENTION
 
 ONNX_FILE = "model.onnx"
 WEIGHTS_FILE = "model.safetensors"
+_EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +212,7 @@ def _finish(
     graph = part.model.graph
     choices: tuple[WeightChoice, ...] = ()
     if lowering is not None:
-        choices = quantize_linears(
+        choices = quantize_weights(
             graph,
             part.sources,
             WeightPolicy(lowering, quantization, activations, calibration or Calibration()),
@@ -236,12 +239,17 @@ def _num_heads(graph: ir.Graph) -> int:
 
 
 def _in_features(hf: Any, sources: Mapping[str, WeightSource]) -> dict[str, int]:
-    """Columns of each projection's weight, by its stored name; the output embedding is not one."""
-    return {
-        sources[f"{name}.weight"].name: module.in_features
-        for name, module in hf.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not hf.get_output_embeddings()
-    }
+    """Columns of each projection's weight, those of experts too, by its stored name; the output embedding is
+    not one."""
+    found = {}
+    for name, module in hf.named_modules():
+        if isinstance(module, torch.nn.Linear) and module is not hf.get_output_embeddings():
+            found[sources[f"{name}.weight"].name] = module.in_features
+        elif is_experts(module):
+            for part, weight in module.named_parameters():
+                if part in _EXPERT_WEIGHTS:
+                    found[sources[f"{name}.{part}"].name] = weight.shape[in_axis(module.is_transposed)]
+    return found
 
 
 def _output_embedding(hf: Any, sources: Mapping[str, WeightSource]) -> str:

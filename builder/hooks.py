@@ -19,7 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trtforge.builder import rotary
-from trtforge.builder.experts import recognize_activation
+from trtforge.builder.experts import is_experts, recognize_activation
 from trtforge.builder.torch_ops import call
 from trtforge.errors import ExportError
 from trtforge.manifest import LayerCache
@@ -75,9 +75,7 @@ class Hooks:
         self._model_type = hf.config.model_type
         # Found before tracing, when numbers can still be looked at.
         self._activations = {
-            id(module): recognize_activation(module)
-            for module in hf.modules()
-            if hasattr(module, "_apply_gate")
+            id(module): recognize_activation(module) for module in hf.modules() if is_experts(module)
         }
         self.step: Step | None = None
 

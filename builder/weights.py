@@ -1,13 +1,7 @@
-"""From the tensors of a checkpoint to the weights of a graph, without holding them in memory.
-
-Transformers keeps, for each model type, how names and layouts of checkpoint tensors become those of its
-modules (one tensor an expert becomes one tensor a layer, for instance). The same rules are followed here,
-but on byte ranges: a weight is the concatenation of pieces of files.
-"""
+"""The weights of a graph as pieces of a checkpoint's files, which are not held in memory."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,18 +9,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 
-from trtforge.builder.checkpoint import Checkpoint, TensorEntry
-from trtforge.builder.columns import Columns
+from trtforge.builder.checkpoint import TensorEntry
+from trtforge.builder.columns import Columns, Ranges
+from trtforge.builder.quantization.experts import QuantizedExperts
 from trtforge.builder.quantization.weights import ComputedWeight, QuantizedLinear
 from trtforge.errors import ExportError
 
@@ -64,8 +50,9 @@ class WeightSource:
     name: str
     shape: tuple[int, ...]
     pieces: tuple[TensorEntry, ...]
-    quantized: QuantizedLinear | ComputedWeight | None = None
+    quantized: QuantizedLinear | QuantizedExperts | ComputedWeight | None = None
     columns: Columns | None = None
+    division: Division | None = None  # None: it is whole
 
     def chunks(self) -> Iterator[tuple[str, bytes]]:
         """The stored bytes, a few MiB at a time, each with the dtype it is stored in."""
@@ -79,6 +66,15 @@ class WeightSource:
                         raise ExportError(f"{piece.file} became shorter while it was read")
                     left -= len(data)
                     yield piece.dtype, data
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """What a rank has of the weight `whole`: of one axis the elements in `ranges`."""
+
+    whole: WeightSource
+    axis: int
+    ranges: Ranges
 
 
 class CheckpointTensor(ir.LazyTensor):  # type: ignore[misc]
@@ -117,113 +113,6 @@ class CheckpointTensor(ir.LazyTensor):  # type: ignore[misc]
         """Write the bytes, a few MiB at a time."""
         for chunk in self._chunks():
             file.write(chunk)
-
-
-# --------------------------------------------------------------------------- checkpoint -> sources
-
-
-def locate_weights(hf: Any, checkpoint: Checkpoint) -> dict[str, WeightSource]:
-    """Where each parameter and persistent buffer of the meta model `hf` is, by its name in the model.
-
-    Parameters that the model ties and the checkpoint stores twice, with different values, are untied in
-    `hf`, as transformers does when it loads them. Raises ExportError for parameters that the checkpoint
-    lacks, has in another shape or in a layout that is not known here.
-    """
-    sources = _follow_rules(hf, checkpoint)
-    _untie(hf, sources)
-    aliases = _aliases(hf)
-    for name, names in aliases.items():
-        found = next((alias for alias in names if alias in sources), None)
-        if found is not None:
-            sources.setdefault(name, sources[found])
-    state = hf.state_dict()
-    missing = sorted(aliases.keys() - sources.keys(), key=dot_natural_key)
-    if missing:
-        raise ExportError(
-            f"the checkpoint in {checkpoint.path} lacks {len(missing)} of the model's weights: "
-            f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}"
-        )
-    for name, source in sources.items():
-        if source.shape != tuple(state[name].shape):
-            raise ExportError(
-                f"{name} has shape {list(source.shape)} in the checkpoint, but config.json makes it "
-                f"{list(state[name].shape)}"
-            )
-    return sources
-
-
-def _follow_rules(hf: Any, checkpoint: Checkpoint) -> dict[str, WeightSource]:
-    state = hf.state_dict()
-    rules = get_model_conversion_mapping(hf)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    plain: dict[str, WeightSource] = {}
-    split: dict[str, dict[str, list[TensorEntry]]] = defaultdict(lambda: defaultdict(list))
-    for key in sorted([*checkpoint.tensors, *checkpoint.quantized], key=dot_natural_key):
-        target, pattern = rename_source_key(key, renamings, converters, hf.base_model_prefix, state)
-        if target not in state and key in state:
-            target, pattern = key, None
-        if target not in state:
-            continue
-        stored = checkpoint.quantized.get(key)
-        if stored is not None and pattern is not None:
-            raise ExportError(f"{key} is an expert's weight that is quantized, which is not supported yet")
-        if stored is not None:
-            plain[target] = WeightSource(target, stored.shape, (), stored)
-        elif pattern is None:
-            entry = checkpoint.tensors[key]
-            plain[target] = WeightSource(target, entry.shape, (entry,))
-        else:
-            split[target][pattern].append(checkpoint.tensors[key])
-    for target, groups in split.items():
-        rule = by_pattern[next(iter(groups))]
-        plain[target] = _merge(hf.config.model_type, target, rule, groups)
-    return plain
-
-
-def _merge(
-    model_type: str, target: str, rule: WeightConverter, groups: Mapping[str, list[TensorEntry]]
-) -> WeightSource:
-    """One weight out of one tensor, or several to be concatenated, an expert."""
-    operations = [(type(operation), getattr(operation, "dim", None)) for operation in rule.operations]
-    stack = [(MergeModulelist, 0)]
-    lists = [groups[pattern] for pattern in rule.source_patterns if pattern in groups]
-    if operations not in (stack, [*stack, (Concatenate, 1)]) or len({len(entries) for entries in lists}) != 1:
-        raise ExportError(f"{model_type}: the layout of {target} in the checkpoint is not supported")
-    experts = list(zip(*lists, strict=True))
-    shapes = {tuple(entry.shape for entry in expert) for expert in experts}
-    if len(shapes) != 1:
-        raise ExportError(f"{target}: the experts in the checkpoint differ in shape: {sorted(shapes)}")
-    (parts,) = shapes
-    shape = (len(experts), sum(part[0] for part in parts), *parts[0][1:])
-    return WeightSource(target, shape, tuple(entry for expert in experts for entry in expert))
-
-
-def _aliases(hf: Any) -> dict[str, list[str]]:
-    """For each parameter's name the names of all parameters tied to it, itself included."""
-    groups: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in hf.named_parameters(remove_duplicate=False):
-        groups[id(parameter)].append(name)
-    return {name: names for names in groups.values() for name in names}
-
-
-def _untie(hf: Any, sources: Mapping[str, WeightSource]) -> None:
-    for name, names in _aliases(hf).items():
-        stored = [alias for alias in names if alias in sources]
-        if name in stored[1:] and not _equal(sources[name], sources[stored[0]]):
-            module_name, _, attribute = name.rpartition(".")
-            module = hf.get_submodule(module_name)
-            setattr(module, attribute, torch.nn.Parameter(torch.empty_like(getattr(module, attribute))))
-
-
-def _equal(one: WeightSource, other: WeightSource) -> bool:
-    if one.shape != other.shape or one.quantized or other.quantized:
-        return False
-    return all(a == b for a, b in zip(one.chunks(), other.chunks(), strict=True))
-
-
-# --------------------------------------------------------------------------- sources -> graph
 
 
 def detach_weights(graph: ir.Graph) -> list[ir.Value]:
@@ -286,7 +175,7 @@ def make_tensor(dtype: ir.DataType, source: WeightSource) -> ir.TensorProtocol:
 
 
 def _dequantized_tensor(
-    dtype: ir.DataType, source: WeightSource, stored: QuantizedLinear | ComputedWeight
+    dtype: ir.DataType, source: WeightSource, stored: QuantizedLinear | QuantizedExperts | ComputedWeight
 ) -> ir.LazyTensor:
     def read() -> ir.TensorProtocol:
         array = stored.dequantize()
@@ -295,3 +184,9 @@ def _dequantized_tensor(
         return ir.Tensor(array.astype(dtype.numpy()), dtype=dtype, name=source.name)
 
     return ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(source.shape), name=source.name)
+
+
+def read_torch(tensor: ir.TensorProtocol) -> torch.Tensor:
+    """The data of a tensor of floats."""
+    data = torch.frombuffer(bytearray(tensor.tobytes()), dtype=_TORCH_DTYPES[tensor.dtype])
+    return data.reshape(tuple(tensor.shape.numpy()))

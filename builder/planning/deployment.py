@@ -21,7 +21,7 @@ class WeightFormat:
     bits: int
     scale_bytes: int = 0  # of what one group has besides its numbers
     group_sizes: tuple[int, ...] = ()  # input features that share a scale; empty: all of them do
-    tile: tuple[int, int] = (1, 1)  # output and input features that sizes are padded to
+    tile: tuple[int, int] = (1, 1)  # output and input features that sizes are padded to, but of experts
     uses_fp8_matmul: bool = False
 
     def group_size(self, in_features: int) -> int | None:
@@ -30,9 +30,9 @@ class WeightFormat:
             return in_features
         return next((size for size in self.group_sizes if in_features % size == 0), None)
 
-    def data_bytes(self, out_features: int, in_features: int) -> int:
-        """Bytes of one weight without its scales."""
-        rows, columns = self.tile
+    def data_bytes(self, out_features: int, in_features: int, *, has_tiles: bool = True) -> int:
+        """Bytes of one weight without its scales; that of an expert has no tiles."""
+        rows, columns = self.tile if has_tiles else (1, 1)
         padded = math.ceil(out_features / rows) * rows * math.ceil(in_features / columns) * columns
         return math.ceil(padded * self.bits / 8)
 

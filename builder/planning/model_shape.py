@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from trtforge.builder.experts import is_experts
 from trtforge.builder.hooks import Step
 from trtforge.builder.trace import record_attention
 from trtforge.errors import ExportError
@@ -105,11 +106,7 @@ def measure(hf: Any) -> ModelShape:
 
 
 def _multiplies(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.Linear | Conv1D) or _is_experts(module)
-
-
-def _is_experts(module: torch.nn.Module) -> bool:
-    return hasattr(module, "_apply_gate")
+    return isinstance(module, torch.nn.Linear | Conv1D) or is_experts(module)
 
 
 def _num_active(args: tuple[torch.Tensor, ...]) -> int:
@@ -142,13 +139,13 @@ def _layers(
         groups: dict[str, list[torch.nn.Module]] = defaultdict(list)
         for module in called:
             if names[module].startswith(prefix):
-                parent = names[module] if _is_experts(module) else names[module].rpartition(".")[0]
+                parent = names[module] if is_experts(module) else names[module].rpartition(".")[0]
                 groups[parent].append(module)
         matmuls: list[Matmul] = []
         for parent, modules in groups.items():
             if parent == names[attention]:
                 matmuls += _attention_matmuls(modules, num_heads, cache)
-            elif _is_experts(modules[0]):
+            elif is_experts(modules[0]):
                 matmuls += _expert_matmuls(modules[0], called[modules[0]])
             else:
                 matmuls += _mlp_matmuls(modules)

@@ -136,10 +136,11 @@ def _weight(matmul: Matmul, layer: Layer, deployment: Deployment) -> Weight:
     group_size = weight_format.group_size(matmul.in_features)  # ranks cut a weight between groups
     if deployment.weights == "16-bit" or not matmul.is_quantized or group_size is None:
         return plain
+    data_bytes = weight_format.data_bytes(out_features, in_features, has_tiles=matmul.copies == 1)
     scales_bytes = weight_format.scales_bytes(out_features, in_features, group_size)
     return replace(
         plain,
-        nbytes=weight_format.data_bytes(out_features, in_features) + scales_bytes,
+        nbytes=data_bytes + scales_bytes,
         scales_bytes=scales_bytes,
         in_fp8=weight_format.uses_fp8_matmul,
         is_quantized=True,

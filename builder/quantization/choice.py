@@ -10,23 +10,26 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from trtforge.builder.quantization.policy import Lowering, Quantization, WeightPolicy, find_exclusion
+from trtforge.builder.quantization.expert_choice import belongs_to_experts, choose_experts
+from trtforge.builder.quantization.experts import QuantizedExperts
+from trtforge.builder.quantization.policy import (
+    NOT_QUANTIZED,
+    Lowering,
+    Quantization,
+    WeightPolicy,
+    find_exclusion,
+)
 from trtforge.builder.quantization.rounding import round_weight
 from trtforge.builder.quantization.slices import take
 from trtforge.builder.quantization.units import FP8_COLUMNS, rank_group_size
-from trtforge.builder.quantization.weights import QuantizedLinear, QuantizedWeight
-from trtforge.builder.weights import WeightSource, make_tensor
+from trtforge.builder.quantization.weights import ComputedWeight, QuantizedLinear, QuantizedWeight
+from trtforge.builder.weights import WeightSource, make_tensor, read_torch
 from trtforge.plugins.int4_gemm.op import CHUNK, GROUP_SIZES
 from trtforge.plugins.linear.op import LINEAR
 from trtforge.plugins.op import DOMAIN, Array
 
-_TORCH_DTYPES = {
-    ir.DataType.FLOAT: torch.float32,
-    ir.DataType.BFLOAT16: torch.bfloat16,
-    ir.DataType.FLOAT16: torch.float16,
-}
 _METHODS = {"int4": "AWQ", "int8": "SmoothQuant"}
-_NOT_QUANTIZED = "not quantized in the checkpoint"
+_DTYPES = (ir.DataType.FLOAT, ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 # What a router's scores may pass on their way to the choice of experts.
 _SCORE_OPERATORS = {"Cast", "Softmax", "Sigmoid", "Add", "Reshape", "Squeeze", "Flatten"}
 
@@ -36,7 +39,7 @@ def matrix_names(graph: ir.Graph, sources: Mapping[str, WeightSource]) -> list[s
     return [
         name
         for name, value in graph.initializers.items()
-        if name in sources and len(value.shape) > 1 and value.dtype in _TORCH_DTYPES
+        if name in sources and len(value.shape) > 1 and value.dtype in _DTYPES
     ]
 
 
@@ -45,9 +48,11 @@ def choose_weight(
     source: WeightSource,
     policy: WeightPolicy,
     output_embedding: str,
-) -> QuantizedLinear | str:
+) -> QuantizedLinear | QuantizedExperts | str:
     """The quantized weight, or why there is none."""
     stored, quantization = source.quantized, policy.quantization
+    if belongs_to_experts(value):
+        return choose_experts(value, source, quantization)
     if (
         not isinstance(stored, QuantizedLinear)
         and value.name == output_embedding
@@ -59,7 +64,7 @@ def choose_weight(
         reason = reason or _why_not_lowered(stored, policy.lowering)
         return f"dequantized: {reason}" if reason else _with_activations(stored, policy)
     if quantization is None:
-        return _NOT_QUANTIZED if stored is None else stored.reason
+        return stored.reason if isinstance(stored, ComputedWeight) else NOT_QUANTIZED
     if reason:
         return reason
     pattern = find_exclusion(value.name, quantization.exclude)
@@ -117,8 +122,10 @@ def _round_later(
     return linear if columns is None else take(source.name, linear, 1, columns.ranges)
 
 
-def describe_weight(linear: QuantizedLinear, lowering: Lowering) -> str:
+def describe_weight(linear: QuantizedLinear | QuantizedExperts, lowering: Lowering) -> str:
     """Where a quantized weight's numbers are from, and what the runtime does with them, in words."""
+    if isinstance(linear, QuantizedExperts):
+        return linear.source
     if linear.format == "fp8" and lowering == "native":
         return f"{linear.source}; OpenVINO expands it to 16 bits or more when it loads it"
     if linear.activations is not None:
@@ -129,8 +136,7 @@ def describe_weight(linear: QuantizedLinear, lowering: Lowering) -> str:
 def _round(
     tensor: ir.TensorProtocol, quantization: Quantization, group_size: int | None, input_scale: Array | None
 ) -> QuantizedWeight:
-    data = torch.frombuffer(bytearray(tensor.tobytes()), dtype=_TORCH_DTYPES[tensor.dtype])
-    weight = data.reshape(tuple(tensor.shape.numpy()))
+    weight = read_torch(tensor)
     if input_scale is not None:
         weight = weight.float() / torch.from_numpy(input_scale)
     return round_weight(tensor.name, weight, quantization.format, group_size)
@@ -139,8 +145,6 @@ def _round(
 def _why_no_projection(value: ir.Value) -> str | None:
     for use in value.uses():
         node = use.node
-        if node.op_type == "MoeExperts":
-            return "experts are not quantized yet"
         if (node.domain, node.op_type, use.idx) != (DOMAIN, LINEAR.name, 1):
             return f"used by {node.op_type}, which is no projection"
         if _chooses_experts(node):

@@ -1,8 +1,8 @@
-"""Gives Linear nodes quantized weights, or puts operators with such weights in their place."""
+"""Gives Linear and MoeExperts nodes quantized weights, or puts operators with such weights in their place."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -10,6 +10,12 @@ import onnx_ir as ir
 
 from trtforge.builder.quantization.activations import round_activations
 from trtforge.builder.quantization.choice import choose_weight, describe_weight, matrix_names
+from trtforge.builder.quantization.expert_parts import (
+    declare_expert_parts,
+    make_expert_parts,
+    use_expert_parts,
+)
+from trtforge.builder.quantization.experts import QuantizedExperts
 from trtforge.builder.quantization.parts import (
     INPUT_SCALE,
     PERM,
@@ -18,6 +24,7 @@ from trtforge.builder.quantization.parts import (
     X_SCALE,
     ZEROS,
     LatestParts,
+    Part,
     declare_parts,
     make_parts,
 )
@@ -41,7 +48,7 @@ _DTYPE_NAMES = {
 }
 
 
-def quantize_linears(
+def quantize_weights(
     graph: ir.Graph,
     sources: Mapping[str, WeightSource],
     policy: WeightPolicy,
@@ -69,7 +76,11 @@ def quantize_linears(
             bytes_before=value.const_value.nbytes,
             bytes_after=value.const_value.nbytes,
         )
-        if not isinstance(found, str):
+        if isinstance(found, QuantizedExperts):
+            nbytes = _replace_experts(graph, value, found, latest)
+            group_size = found.group_size if found.format == "int4" else None
+            choice = replace(choice, kind=found.format, group_size=group_size, bytes_after=nbytes)
+        elif not isinstance(found, str):
             nbytes = _replace_weight(graph, value, found, policy.lowering, latest)
             choice = replace(choice, kind=found.format, group_size=found.group_size, bytes_after=nbytes)
         choices.append(choice)
@@ -90,14 +101,7 @@ def _replace_weight(
         declared, make = declare_signed_parts(linear, dtype), partial(make_signed_parts, linear, dtype)
     else:
         declared, make = declare_parts(linear, lowering, dtype), partial(make_parts, linear, lowering, dtype)
-    parts: dict[str, ir.Value] = {}
-    for key, part in declared.items():
-        parts[key] = ir.Value(
-            name=name + key,
-            type=ir.TensorType(part.dtype),
-            shape=ir.Shape(part.shape),
-            const_value=latest.tensor(name, key, part, make),
-        )
+    parts = _add_parts(graph, name, declared, make, latest)
     for node in nodes:
         if INPUT_SCALE in parts:
             _insert(graph, node, ir.node("Mul", [node.inputs[0], parts[INPUT_SCALE]]))
@@ -111,9 +115,43 @@ def _replace_weight(
             use_signed_weight(graph, node, linear, parts)
         else:
             _use_own_operator(graph, node, linear, parts)
-    for part_value in parts.values():
-        graph.register_initializer(part_value)
-    return sum(part_value.const_value.nbytes for part_value in parts.values())
+    return _nbytes(parts)
+
+
+def _replace_experts(graph: ir.Graph, value: ir.Value, experts: QuantizedExperts, latest: LatestParts) -> int:
+    """The same of weights that belong to experts."""
+    uses = list(value.uses())
+    del graph.initializers[value.name]
+    declared = declare_expert_parts(experts, value.dtype)
+    make = partial(make_expert_parts, experts, value.dtype)
+    parts = _add_parts(graph, value.name, declared, make, latest)
+    for use in uses:
+        use_expert_parts(graph, use.node, use.idx, experts, parts)
+    return _nbytes(parts)
+
+
+def _add_parts(
+    graph: ir.Graph,
+    name: str,
+    declared: Mapping[str, Part],
+    make: Callable[[], Mapping[str, ir.TensorProtocol]],
+    latest: LatestParts,
+) -> dict[str, ir.Value]:
+    """The tensors of the weight `name`, which are in the graph now; `make` reads them."""
+    parts = {}
+    for key, part in declared.items():
+        parts[key] = ir.Value(
+            name=name + key,
+            type=ir.TensorType(part.dtype),
+            shape=ir.Shape(part.shape),
+            const_value=latest.tensor(name, key, part, make),
+        )
+        graph.register_initializer(parts[key])
+    return parts
+
+
+def _nbytes(parts: Mapping[str, ir.Value]) -> int:
+    return sum(part.const_value.nbytes for part in parts.values())
 
 
 def _insert(

@@ -39,6 +39,8 @@ _SCHEMES: dict[tuple[Lowering, QuantizedFormat], tuple[ActivationScheme, ...]] =
     ("plugin", "fp8"): ("dynamic", "static"),
 }
 
+NOT_QUANTIZED = "not quantized in the checkpoint"
+
 _REASONS: dict[tuple[Runtime, QuantizedFormat], str] = {
     ("openvino", "fp8"): "which multiplies no 8-bit floats",
     ("openvino", "int8"): "which rounds them by itself, a scale a token, in builds of --dtype bfloat16",

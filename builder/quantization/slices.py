@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from trtforge.builder.quantization.experts import ExpertWeight, QuantizedExperts
 from trtforge.builder.quantization.weights import (
     AffineInt4Weight,
     ComputedWeight,
@@ -49,6 +50,33 @@ def take(name: str, linear: QuantizedLinear, axis: int, ranges: Ranges) -> Quant
     )
 
 
+def take_experts(name: str, experts: QuantizedExperts, axis: int, ranges: Ranges) -> QuantizedExperts:
+    """Of the experts' weights `name` what is in `ranges` along `axis`, 1 or 2, of each.
+
+    Their numbers stay what they are. Raises ConfigError if features of different ranges share a scale.
+    """
+    of_expert = _IN if axis == experts.in_axis else _OUT
+    is_one_group = experts.group_size == experts.in_features
+    if of_expert == _IN and not is_one_group:
+        _check_ends(name, _IN, experts.in_features, experts.group_size, ranges)
+    shape = list(experts.shape)
+    shape[axis] = sum(stop - start for start, stop in ranges)
+    return replace(
+        experts,
+        shape=(shape[0], shape[1], shape[2]),
+        group_size=shape[axis] if is_one_group and of_expert == _IN else experts.group_size,
+        read=lambda number: take_expert(experts.read(number), of_expert, ranges),
+    )
+
+
+def take_expert(weight: ExpertWeight, axis: int, ranges: Ranges) -> ExpertWeight:
+    """Of an expert's weight what is in `ranges` along `axis`, of output (0) or input (1) features."""
+    unit = weight.values.shape[axis] // weight.scale.shape[axis]
+    scale = _take_scales(weight.scale, unit, axis, ranges)
+    zero = None if weight.zero is None else _take_scales(weight.zero, unit, axis, ranges)
+    return ExpertWeight(_take(weight.values, axis, ranges), scale, zero)
+
+
 def take_computed(weight: ComputedWeight, axis: int, ranges: Ranges) -> ComputedWeight:
     """Of a weight that is computed what is in `ranges` along `axis`."""
     shape = list(weight.shape)
@@ -68,6 +96,10 @@ def _check(name: str, linear: QuantizedLinear, axis: int, ranges: Ranges) -> Non
         unit = 1 if linear.group_size in (None, size) else int(linear.group_size or size)
     elif linear.format == "fp8" and linear.scales == "block":
         unit = SCALE_BLOCK
+    _check_ends(name, axis, size, unit, ranges)
+
+
+def _check_ends(name: str, axis: int, size: int, unit: int, ranges: Ranges) -> None:
     ends = sorted({end for part in ranges for end in part} - {size})
     wrong = [end for end in ends if end % unit]
     if wrong:

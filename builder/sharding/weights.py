@@ -9,10 +9,11 @@ from dataclasses import replace
 from trtforge.builder.checkpoint import TensorEntry
 from trtforge.builder.columns import Columns
 from trtforge.builder.quantization import slices
+from trtforge.builder.quantization.experts import QuantizedExperts
 from trtforge.builder.quantization.weights import QuantizedLinear
 from trtforge.builder.sharding.cut import Ranges, length
 from trtforge.builder.sharding.split import Range
-from trtforge.builder.weights import IR_DTYPES, WeightSource
+from trtforge.builder.weights import IR_DTYPES, Division, WeightSource
 
 
 def take(source: WeightSource, axis: int, ranges: Ranges) -> WeightSource:
@@ -24,6 +25,9 @@ def take(source: WeightSource, axis: int, ranges: Ranges) -> WeightSource:
     stored = source.quantized
     if isinstance(stored, QuantizedLinear):
         return replace(source, shape=shape, quantized=slices.take(source.name, stored, axis, ranges))
+    if isinstance(stored, QuantizedExperts):
+        return replace(source, shape=shape, quantized=slices.take_experts(source.name, stored, axis, ranges))
+    source = replace(source, division=Division(source, axis, ranges))
     if 0 < axis == len(shape) - 1:  # a few bytes of each row
         return replace(source, shape=shape, columns=Columns(source.shape[axis], ranges))
     if stored is not None:

@@ -19,20 +19,28 @@ _INT64 = ir.DataType.INT64.value
 def write_body(op: Body, inputs: Inputs, attributes: Attributes) -> Sequence[ir.Value]:
     """Nodes that compute `out`."""
     x = op("Unsqueeze", inputs["x"], [0])  # [1, T, hidden]
-    hidden = _project(op, x, inputs["gate_up"], inputs["gate_up_bias"], attributes)
+    hidden = _project(op, x, "gate_up", inputs, attributes)
     hidden = _activate(op, hidden, attributes)  # [E, T, intermediate]
-    experts = _project(op, hidden, inputs["down"], inputs["down_bias"], attributes)  # [E, T, hidden]
+    experts = _project(op, hidden, "down", inputs, attributes)  # [E, T, hidden]
     weighted = op("Mul", experts, op("CastLike", _expert_weights(op, inputs), inputs["x"]))
     return (op("ReduceSum", weighted, [0], keepdims=0),)
 
 
-def _project(
-    op: Body, x: ir.Value, weight: ir.Value | None, bias: ir.Value | None, attributes: Attributes
-) -> ir.Value:
+def _project(op: Body, x: ir.Value, name: str, inputs: Inputs, attributes: Attributes) -> ir.Value:
+    """The product with the weights `name` of all experts, [E, T, out]."""
+    weight, bias, offset = inputs[name], inputs[f"{name}_bias"], inputs[f"{name}_offset"]
     if not attributes["transposed"]:
         weight = op("Transpose", weight, perm=[0, 2, 1])
     y = op("MatMul", x, weight)
+    if offset is not None:
+        y = op("Sub", y, op("MatMul", _sum_groups(op, x, offset), offset))
     return y if bias is None else op("Add", y, op("Unsqueeze", bias, [1]))
+
+
+def _sum_groups(op: Body, x: ir.Value, offset: ir.Value) -> ir.Value:
+    """The sum of each of the groups that `offset` has numbers for, [1 or E, T, groups]."""
+    sizes = op("Concat", [0, 0], op("Shape", offset, start=1, end=2), [-1], axis=0)
+    return op("ReduceSum", op("Reshape", x, sizes), [3], keepdims=0)
 
 
 def _expert_weights(op: Body, inputs: Inputs) -> ir.Value:

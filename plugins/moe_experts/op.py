@@ -9,7 +9,8 @@ MOE_EXPERTS = OpSpec(
     doc=(
         "out[t] = sum over k of router_weights[t, k] * expert(router_indices[t, k])(x[t]), with expert(x) = "
         "down @ gate(gate_up @ x). Weights are [out, in] or, with transposed = 1, [in, out]; gate_up's "
-        "output holds gate and up in halves or, for swiglu_oai, interleaved."
+        "output holds gate and up in halves or, for swiglu_oai, interleaved. Offsets are what zero points of "
+        "weights take away: times the sum of each group of input features, subtracted from the product."
     ),
     inputs=(
         Tensor("x", "T", ("num_tokens", "hidden_size")),
@@ -19,6 +20,8 @@ MOE_EXPERTS = OpSpec(
         Tensor("down", "T", ("num_experts", "down_rows", "down_cols")),
         Tensor("gate_up_bias", "T", ("num_experts", "gate_up_size"), optional=True),
         Tensor("down_bias", "T", ("num_experts", "hidden_size"), optional=True),
+        Tensor("gate_up_offset", "T", ("num_experts", "gate_up_groups", "gate_up_size"), optional=True),
+        Tensor("down_offset", "T", ("num_experts", "down_groups", "hidden_size"), optional=True),
     ),
     outputs=(Tensor("out", "T", ("num_tokens", "hidden_size")),),
     dtypes={"T": FLOATS, "R": FLOATS, "I": INTS},

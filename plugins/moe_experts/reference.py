@@ -19,6 +19,8 @@ def moe_experts(
     down: Array,  # [E, hidden, intermediate], with transposed [E, intermediate, hidden]
     gate_up_bias: Array | None = None,  # [E, 2 * intermediate]
     down_bias: Array | None = None,  # [E, hidden]
+    gate_up_offset: Array | None = None,  # [E, groups, 2 * intermediate]
+    down_offset: Array | None = None,  # [E, groups, hidden]
     *,
     activation: str,
     transposed: int = 0,
@@ -29,7 +31,8 @@ def moe_experts(
 
     Raises PluginError for shapes that do not fit and for an unknown activation.
     """
-    MOE_EXPERTS.check_inputs(x, router_indices, router_weights, gate_up, down, gate_up_bias, down_bias)
+    biases, offsets = (gate_up_bias, down_bias), (gate_up_offset, down_offset)
+    MOE_EXPERTS.check_inputs(x, router_indices, router_weights, gate_up, down, *biases, *offsets)
     out = np.zeros_like(x)
     for token, choices in enumerate(router_indices):
         for choice, expert in enumerate(choices):
@@ -37,13 +40,24 @@ def moe_experts(
             if not transposed:
                 first, second = first.T, second.T
             hidden = x[token] @ first
+            if gate_up_offset is not None:
+                hidden = hidden - _sum_groups(x[token], gate_up_offset[expert]) @ gate_up_offset[expert]
             if gate_up_bias is not None:
                 hidden = hidden + gate_up_bias[expert]
-            y = _activate(hidden, activation, alpha, limit) @ second
+            hidden = _activate(hidden, activation, alpha, limit)
+            y = hidden @ second
+            if down_offset is not None:
+                y = y - _sum_groups(hidden, down_offset[expert]) @ down_offset[expert]
             if down_bias is not None:
                 y = y + down_bias[expert]
             out[token] += router_weights[token, choice] * y
     return out
+
+
+def _sum_groups(x: Array, offset: Array) -> Array:
+    """[groups]: the sum of each group that `offset`, [groups, out], has numbers for."""
+    sums: Array = x.reshape(len(offset), -1).sum(1)
+    return sums
 
 
 def _activate(hidden: Array, activation: str, alpha: float, limit: float) -> Array:

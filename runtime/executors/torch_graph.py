@@ -231,16 +231,24 @@ def _read_constants(graph: onnx.GraphProto, folder: Path) -> dict[str, Tensor]:
     }
     constants = {}
     for proto in graph.initializer:
-        dtype = torch_dtype(proto.data_type)
+        dtype, dims = _stored_as(proto)
         if uses_external_data(proto):
             data = ExternalDataInfo(proto)
             begin, length = data.offset or 0, data.length or 0
             weight = files[folder / data.location][begin : begin + length]
             if begin % dtype.itemsize:
                 weight = weight.clone()
-            constants[proto.name] = weight.view(dtype).reshape(tuple(proto.dims))
+            constants[proto.name] = weight.view(dtype).reshape(dims)
         else:
             array = onnx.numpy_helper.to_array(proto)  # bfloat16 and float8 as ml_dtypes, unknown to torch
             data_bytes = torch.from_numpy(array.reshape(-1).view("uint8").copy())
-            constants[proto.name] = data_bytes.view(dtype).reshape(tuple(proto.dims))
+            constants[proto.name] = data_bytes.view(dtype).reshape(dims)
     return constants
+
+
+def _stored_as(proto: onnx.TensorProto) -> tuple[torch.dtype, tuple[int, ...]]:
+    """What a weight is in torch, which has no four bits: half as many bytes along the last axis."""
+    *first, last = proto.dims or [1]
+    if proto.data_type == onnx.TensorProto.INT4 and uses_external_data(proto) and last % 2 == 0:
+        return torch.uint8, (*first, last // 2)
+    return torch_dtype(proto.data_type), tuple(proto.dims)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trtforge.errors import ConfigError
+from trtforge.runtime.executors.torch_experts import dequantize_linear
 from trtforge.runtime.executors.torch_operation import (
     Attributes,
     Operation,
@@ -114,6 +115,7 @@ MATH_OPS: Mapping[str, StandardOp] = {
     "And": StandardOp(plain(torch.logical_and)),
     "Cast": StandardOp(_cast),
     "Cos": StandardOp(plain(torch.cos)),
+    "DequantizeLinear": StandardOp(dequantize_linear),
     "Div": StandardOp(plain(_div), takes_numbers=True),
     "Gelu": StandardOp(_gelu),
     "Gemm": StandardOp(_gemm),

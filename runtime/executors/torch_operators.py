@@ -19,6 +19,7 @@ from trtforge.plugins.operators import OPERATORS
 from trtforge.runtime.executors.kernel_calls import KernelCalls, Launcher
 from trtforge.runtime.executors.operator_shapes import merge_leading_dims, split_leading_dims
 from trtforge.runtime.executors.torch_attention import TorchAttention
+from trtforge.runtime.executors.torch_experts import ExpertWeights
 from trtforge.runtime.executors.torch_graph import Node
 from trtforge.runtime.executors.torch_links import Links
 from trtforge.runtime.executors.torch_operation import Operation
@@ -40,7 +41,7 @@ class Operators:
         # In torch, each with the number of declared inputs that it knows.
         self._native: Mapping[str, tuple[Operation, int]] = {
             "Linear": (functional.linear, 3),
-            "MoeExperts": (moe_experts, 7),
+            "MoeExperts": (moe_experts, 9),
             "PagedAttention": (TorchAttention(), 12),
             **({} if links is None else {"AllReduce": (links.all_reduce, 1)}),
         }
@@ -72,10 +73,12 @@ def moe_experts(
     x: Tensor,  # [T, hidden]
     router_indices: Tensor,  # [T, k]
     router_weights: Tensor,  # [T, k]
-    gate_up: Tensor,  # [E, 2 * intermediate, hidden], with transposed [E, hidden, 2 * intermediate]
-    down: Tensor,  # [E, hidden, intermediate], with transposed [E, intermediate, hidden]
+    gate_up: ExpertWeights,  # [E, 2 * intermediate, hidden], with transposed [E, hidden, 2 * intermediate]
+    down: ExpertWeights,  # [E, hidden, intermediate], with transposed [E, intermediate, hidden]
     gate_up_bias: Tensor | None = None,  # [E, 2 * intermediate]
     down_bias: Tensor | None = None,  # [E, hidden]
+    gate_up_offset: Tensor | None = None,  # [E, groups, 2 * intermediate]
+    down_offset: Tensor | None = None,  # [E, groups, hidden]
     *,
     activation: str,
     transposed: int,
@@ -89,11 +92,21 @@ def moe_experts(
         first, second = gate_up[expert], down[expert]
         if transposed:
             first, second = first.T, second.T
-        hidden = functional.linear(x[tokens], first, None if gate_up_bias is None else gate_up_bias[expert])
+        hidden = _project(x[tokens], first, _of(gate_up_bias, expert), _of(gate_up_offset, expert))
         hidden = _activate(hidden, activation, alpha, limit)
-        y = functional.linear(hidden, second, None if down_bias is None else down_bias[expert])
+        y = _project(hidden, second, _of(down_bias, expert), _of(down_offset, expert))
         out.index_add_(0, tokens, y.float() * router_weights[tokens, choices, None].float())
     return out.to(x.dtype)
+
+
+def _of(tensor: Tensor | None, expert: int) -> Tensor | None:
+    return None if tensor is None else tensor[expert]
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None, offset: Tensor | None) -> Tensor:
+    """`offset`, [groups, out], is what zero points take away: times the sum of each group of x's columns."""
+    y = functional.linear(x, weight, bias)
+    return y if offset is None else y - x.reshape(len(x), len(offset), -1).sum(-1) @ offset
 
 
 def _activate(hidden: Tensor, activation: str, alpha: float, limit: float) -> Tensor:

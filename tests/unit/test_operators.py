@@ -242,7 +242,10 @@ def test_int4_gemm_body_equals_reference(case: str, dtype: type) -> None:
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swiglu_oai"])
 @pytest.mark.parametrize("transposed", [0, 1])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_moe_experts_body_equals_reference(activation: str, transposed: int, bias: bool) -> None:
+@pytest.mark.parametrize("offset", [False, True], ids=["", "offset"])
+def test_moe_experts_body_equals_reference(
+    activation: str, transposed: int, bias: bool, offset: bool
+) -> None:
     rng = np.random.default_rng(0)
     tokens, experts, top_k, hidden, intermediate = 7, 5, 2, 6, 4
     first, second = (experts, 2 * intermediate, hidden), (experts, hidden, intermediate)
@@ -258,6 +261,9 @@ def test_moe_experts_body_equals_reference(activation: str, transposed: int, bia
     if bias:
         inputs["gate_up_bias"] = rng.normal(size=(experts, 2 * intermediate))
         inputs["down_bias"] = rng.normal(size=(experts, hidden))
+    if offset:  # in groups of two
+        inputs["gate_up_offset"] = rng.normal(size=(experts, hidden // 2, 2 * intermediate))
+        inputs["down_offset"] = rng.normal(size=(experts, intermediate // 2, hidden))
     inputs = {
         name: array if name == "router_indices" else array.astype(np.float32)
         for name, array in inputs.items()
@@ -265,7 +271,20 @@ def test_moe_experts_body_equals_reference(activation: str, transposed: int, bia
     # A limit that some values pass.
     attributes = {"activation": activation, "transposed": transposed, "alpha": 1.5, "limit": 2.0}
     (out,) = run(MOE_EXPERTS, (inputs, attributes))
-    np.testing.assert_allclose(out, moe_experts(*inputs.values(), **attributes), rtol=1e-5, atol=1e-5)
+    expected = moe_experts(**inputs, **attributes)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+
+
+def test_offsets_of_experts_are_what_zero_points_take_away() -> None:
+    rng = np.random.default_rng(0)
+    zero, scale = rng.integers(0, 16, (3, 4, 6, 1)), rng.uniform(0.5, 1, (3, 4, 6, 1))
+    codes = rng.integers(0, 16, (3, 4, 6, 2)) * scale
+    wide, narrow = ((codes - minus * scale).reshape(3, 4, 12) for minus in (zero, 0))
+    x, down = rng.normal(size=(5, 12)), rng.normal(size=(3, 12, 2))
+    routing = rng.integers(3, size=(5, 2)), rng.random((5, 2))
+    offset = (zero * scale)[..., 0].swapaxes(1, 2)
+    out = moe_experts(x, *routing, narrow, down, gate_up_offset=offset, activation="silu")
+    np.testing.assert_allclose(out, moe_experts(x, *routing, wide, down, activation="silu"), rtol=1e-9)
 
 
 def test_references_refuse_what_contradicts_the_declaration() -> None:

@@ -152,6 +152,15 @@ def test_int4_takes_smaller_groups_where_others_do_not_divide() -> None:
     assert stage.weight_bytes == data_bytes + scales_bytes + 2 * (49152 * 576 + 61 * 576)
 
 
+def test_int4_of_experts_is_not_padded() -> None:
+    (stage,) = plan_capacity(shape("gpt-oss-120b"), deployment(weights="int4")).stages
+    experts = sum(
+        count * weight.copies * weight.nbytes for weight, count in stage.weights if weight.copies > 1
+    )
+    rows = 36 * 128 * (2 * 2880 + 2880)
+    assert experts == rows * 2880 // 2 + 4 * rows * 45  # groups of 64
+
+
 @pytest.mark.parametrize(
     "name", ["llama-8b", "mixtral-8x7b", "gpt-oss-120b", "gpt2", "opt-125m", "phi3-mini", "deepseek-v3"]
 )

@@ -255,24 +255,6 @@ def test_what_no_group_divides_stays_and_if_nothing_is_left_the_build_ends(tmp_p
     assert not (tmp_path / "none").exists()
 
 
-def test_experts_and_routers_stay(tmp_path: Path) -> None:
-    model = tiny_model(
-        tmp_path / "model",
-        "qwen3_moe",
-        hidden_size=64,
-        intermediate_size=64,
-        moe_intermediate_size=32,
-        num_experts=4,
-        num_experts_per_tok=2,
-        head_dim=32,
-    )
-    exported = export(model, tmp_path / "graph", Quantization("int8"), "native")
-    reasons = {choice.name: choice.reason for choice in exported.weights}
-    assert reasons["model.layers.0.mlp.gate.weight"] == "routers are not quantized by policy"
-    assert reasons["model.layers.0.mlp.experts.gate_up_proj"] == "experts are not quantized yet"
-    assert sum(choice.is_quantized for choice in exported.weights) == 4
-
-
 def test_patterns_that_match_nothing_are_mistakes() -> None:
     names = ["model.layers.0.mlp.up_proj.weight"]
     check_exclusions(names, ["*.up_proj.*"])

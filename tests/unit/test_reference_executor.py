@@ -201,8 +201,10 @@ def test_attention_of_many_queries_in_chunks(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swiglu_oai"])
-@pytest.mark.parametrize(("transposed", "biases"), [(0, False), (1, True)])
-def test_experts_equal_their_reference(activation: str, transposed: int, biases: bool) -> None:
+@pytest.mark.parametrize(
+    ("transposed", "biases", "offsets"), [(0, False, False), (1, True, False), (0, True, True)]
+)
+def test_experts_equal_their_reference(activation: str, transposed: int, biases: bool, offsets: bool) -> None:
     tokens, hidden, intermediate, experts = 7, 12, 10, 5
     gate_up, down = normal(experts, 2 * intermediate, hidden), normal(experts, hidden, intermediate)
     inputs = [
@@ -211,6 +213,7 @@ def test_experts_equal_their_reference(activation: str, transposed: int, biases:
         normal(tokens, 2).softmax(-1),
         *(weight.mT.contiguous() if transposed else weight for weight in (gate_up, down)),
         *([normal(experts, 2 * intermediate), normal(experts, hidden)] if biases else []),
+        *([normal(experts, 3, 2 * intermediate), normal(experts, 5, hidden)] if offsets else []),
     ]
     attributes = {"activation": activation, "transposed": transposed, "alpha": 1.7, "limit": 2.0}
     (expected,) = run_reference(OPERATORS["MoeExperts"], attributes, *inputs)

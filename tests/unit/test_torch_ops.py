@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from trtforge.errors import ConfigError
 from trtforge.plugins.body import STANDARD_OPSET
+from trtforge.runtime.executors.torch_experts import DequantizedExperts
 from trtforge.runtime.executors.torch_graph import STANDARD_OPS
 
 Arrays = tuple[np.ndarray | None, ...]
@@ -21,6 +22,7 @@ CPU = torch.device("cpu")
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 3, 4)).astype(np.float32)
 POSITIVE = np.abs(X) + np.float32(0.1)
+EXPERTS = RNG.integers(-128, 128, (2, 6, 4)).astype(np.int8)
 HEADS = RNG.normal(size=(2, 3, 5, 8)).astype(np.float32)
 ANGLES = RNG.normal(size=(2, 5, 4)).astype(np.float32)
 
@@ -60,6 +62,12 @@ CASES: list[tuple[str, Arrays, dict[str, Any]]] = [
     ("Cast", (X * 3,), {"to": TensorProto.INT64}),
     ("Cast", (X.round(),), {"to": TensorProto.BOOL}),
     ("Cast", (X,), {"to": TensorProto.FLOAT16}),
+    ("DequantizeLinear", (EXPERTS, X), {"axis": 1, "block_size": 2}),
+    (
+        "DequantizeLinear",
+        (EXPERTS.swapaxes(1, 2).copy(), X.swapaxes(1, 2).copy()),
+        {"axis": 2, "block_size": 2},
+    ),
     ("Gemm", (X[0], X[1].T.copy(), X[0, :, :3]), {"alpha": 0.5, "beta": 2.0}),
     ("Gemm", (X[0], X[1]), {"transB": 1}),
     ("Gemm", (X[0], X[1], X[0, 0]), {"transA": 1, "alpha": 2.0}),
@@ -157,6 +165,8 @@ def test_operators_equal_onnx_runtime(op_type: str, arrays: Arrays, attributes: 
     results = results if isinstance(results, tuple) else (results,)
     expected = run_onnxruntime(op_type, arrays, attributes, len(results))
     for result, wanted in zip(results, expected, strict=True):
+        if isinstance(result, DequantizedExperts):
+            result = torch.stack([result[number] for number in range(len(wanted))])
         assert result.numpy().dtype == wanted.dtype
         assert tuple(result.shape) == wanted.shape
         np.testing.assert_allclose(result.numpy(), wanted, rtol=1e-5, atol=1e-6)
@@ -173,6 +183,11 @@ def test_every_operator_has_a_case() -> None:
         ("Pad", {"mode": "edge"}, "mode edge"),
         ("ScatterND", {"reduction": "add"}, "reduction add"),
         ("Cast", {"to": TensorProto.STRING}, "STRING"),
+        (
+            "DequantizeLinear",
+            {"axis": 0},
+            "DequantizeLinear along axis 0, which the reference runtime does not",
+        ),
     ],
 )
 def test_what_is_not_known_is_refused(op_type: str, attributes: dict[str, Any], said: str) -> None:

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trtforge.builder.checkpoint import Checkpoint
+from trtforge.builder.checkpoint_weights import locate_weights
 from trtforge.builder.meta_model import build_meta_model
-from trtforge.builder.weights import IR_DTYPES, CheckpointTensor, locate_weights
+from trtforge.builder.weights import IR_DTYPES, CheckpointTensor
 from trtforge.builder.weights_file import write_weights
 from trtforge.errors import ExportError
 from trtforge.integrity import file_digest
