@@ -27,7 +27,6 @@ from trtforge.builder.checkpoint import Checkpoint
 from trtforge.builder.quantization.calibration_texts import MODELOPT, texts_digest
 from trtforge.builder.quantization.policy import Calibration, Quantization
 from trtforge.builder.quantization.recipes import (
-    SMOOTHQUANT_ALPHA,
     make_recipe,
     pack_scales,
     read_scales,
@@ -86,7 +85,6 @@ def _key(content_key: str, quantization: Quantization, texts: list[str]) -> str:
         "content": content_key,
         "format": quantization.format,
         "group_size": quantization.group_size,
-        "smoothquant_alpha": SMOOTHQUANT_ALPHA,
         "exclude": quantization.exclude,
         "texts": texts_digest(texts),
         "sizes": [_NUM_SEQUENCES, _SEQUENCE_TOKENS],

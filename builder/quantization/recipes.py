@@ -23,9 +23,6 @@ from trtforge.builder.quantization.policy import (
     find_exclusion,
 )
 
-# How much of what makes activations hard to round goes to the weights (arXiv 2211.10438).
-SMOOTHQUANT_ALPHA = 0.5
-
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -52,13 +49,11 @@ def make_recipe(hf: Any, quantization: Quantization) -> Recipe:
                 cfg = {"num_bits": 4, "block_sizes": {-1: size, "type": "static"}}
                 settings.append({"quantizer_name": f"{name}.weight_quantizer", "cfg": cfg})
         return Recipe({"quant_cfg": settings, "algorithm": mtq.INT4_AWQ_CFG["algorithm"]}, 2)
-    is_fp8 = quantization.format == "fp8"
-    preset = mtq.FP8_DEFAULT_CFG if is_fp8 else mtq.INT8_SMOOTHQUANT_CFG
+    preset = mtq.FP8_DEFAULT_CFG if quantization.format == "fp8" else mtq.INT8_SMOOTHQUANT_CFG
     for kind in ("input_quantizer", "weight_quantizer"):
         cfg = next(entry["cfg"] for entry in preset["quant_cfg"] if entry["quantizer_name"] == f"*{kind}")
         settings += [{"quantizer_name": f"{name}.{kind}", "cfg": cfg} for name in projections]
-    smoothquant = {"method": "smoothquant", "alpha": SMOOTHQUANT_ALPHA}
-    return Recipe({"quant_cfg": settings, "algorithm": preset["algorithm"] if is_fp8 else smoothquant}, 1)
+    return Recipe({"quant_cfg": settings, "algorithm": preset["algorithm"]}, 1)
 
 
 def _projections(hf: Any, quantization: Quantization) -> dict[str, int]:
