@@ -78,9 +78,10 @@ def tolerance(dtype: DType, cache_dtype: CacheDType, num_layers: int) -> float:
     up to ten times worse than the others in every runtime, and say nothing.
 
     In a cache of 8-bit floats, whose neighbours are v = 2 ** -3 apart, numbers that differ by u are rounded
-    to different ones once in v / u times: the mean square of the difference becomes u * v.
+    to different ones once in v / u times: the mean square of the difference becomes u * v. A few such keys
+    make all later layers differ more, in float32 too, so that u is taken to be bfloat16's in every dtype.
     """
     roundoff = _UNIT_ROUNDOFF[dtype]
     if cache_dtype == "float8_e4m3fn":
-        roundoff = math.sqrt(roundoff * _E4M3_SPACING)
+        roundoff = math.sqrt(_UNIT_ROUNDOFF["bfloat16"] * _E4M3_SPACING)
     return _MARGIN * roundoff * math.sqrt(2 * num_layers + 1)
