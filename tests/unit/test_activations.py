@@ -261,7 +261,8 @@ def check_engine(model: ir.Model, folder: Path, manifest: Manifest, scheme: Sche
     # q, k and v, and gate and up, unless their inputs have scales of their own.
     has_input_scales = scheme == Scheme("int8", "static")
     assert operators.count("QuantizeLinear") == (14 if has_input_scales else 8)
-    target = choose_target("tensorrt-rtx", needs_fp8=scheme.wanted == "fp8")
+    fp8_option = "--fp8" if scheme.wanted == "fp8" else None
+    target = choose_target("tensorrt-rtx", fp8_option=fp8_option)
     network = Network(ir.to_proto(model).SerializeToString(), folder / "model.onnx", target.package)
     assert network.build(target, make_profiles(target.package, manifest.limits, manifest.kv_cache)).nbytes
 
