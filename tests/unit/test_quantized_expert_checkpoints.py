@@ -11,8 +11,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from quantized_layouts import FORMATS, Stored, Tensors, bitsandbytes_nf4, int8_channel, quantize
 from safetensors.torch import load_file, save_file
-from test_quantized_checkpoints import FORMATS, Stored, Tensors, bitsandbytes_nf4, int8_channel, quantize
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trtforge.builder.checkpoint import Checkpoint
