@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
+from asking import ask_all, wait_for_answer
 
 from trtforge.client.streaming import Client, SamplingOptions
 from trtforge.client.triton_server import Ports, TritonServer
-from trtforge.errors import CapacityError, ServerError
+from trtforge.errors import ServerError
 
 pytestmark = pytest.mark.e2e
 
 TIMEOUT_S = 60
 NUM_REQUESTS = 24
 MAX_TOKENS = 2000
-ONE_TOKEN = SamplingOptions(max_tokens=1)
-PROMPTS = (
-    "The capital of France is",
-    "def fibonacci(n):",
-    "Once upon a time, in a small village by the sea, there lived an old fisherman who",
-    "1 2 3 4 5",
-)
 
 FindEngines = Callable[..., list[psutil.Process]]
 
@@ -39,13 +31,7 @@ def test_ranks_give_the_tokens_of_one(
     demo_repository: Path,
     tp: int,
 ) -> None:
-    answers = []
-    for repository in (demo_repository, make_sharded_repository(tp)):
-        with Client(triton_server(repository).grpc_url) as client, ThreadPoolExecutor(len(PROMPTS)) as pool:
-            sampling = SamplingOptions(max_tokens=32)
-            completions = pool.map(lambda prompt: client.generate(prompt, sampling=sampling), PROMPTS)  # noqa: B023
-            answers.append([completion.token_ids for completion in completions])
-    assert answers[0] == answers[1]
+    assert ask_all(triton_server(make_sharded_repository(tp))) == ask_all(triton_server(demo_repository))
 
 
 @pytest.fixture
@@ -70,17 +56,6 @@ def find_ranks(engine: psutil.Process) -> list[psutil.Process]:
             if option.startswith("--rank="):
                 ranks[int(option.removeprefix("--rank="))] = process
     return [ranks[rank] for rank in sorted(ranks)]
-
-
-def wait_for_answer(client: Client) -> None:
-    """Until the engine is there again; it refuses requests as long as it is not."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline:
-        with contextlib.suppress(CapacityError):
-            assert client.generate("Hello", sampling=ONE_TOKEN, timeout_s=TIMEOUT_S).token_ids
-            return
-        time.sleep(0.1)
-    pytest.fail("the engine did not come back")
 
 
 def wait_until_gone(processes: list[psutil.Process]) -> None:

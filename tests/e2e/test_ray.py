@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from asking import ONE_TOKEN, ask_all, wait_for_answer, wait_until
 
 from trtforge.client.streaming import Client, SamplingOptions
 from trtforge.client.triton_server import Ports, TritonServer
@@ -29,13 +30,6 @@ pytestmark = pytest.mark.e2e
 TIMEOUT_S = 120
 NUM_REQUESTS = 8
 MAX_TOKENS = 2000
-ONE_TOKEN = SamplingOptions(max_tokens=1)
-PROMPTS = (
-    "The capital of France is",
-    "def fibonacci(n):",
-    "Once upon a time, in a small village by the sea, there lived an old fisherman who",
-    "1 2 3 4 5",
-)
 # One CPU, so that two ranks need two nodes.
 NODE = ["--num-cpus=1", "--object-store-memory=80000000", "--block"]
 ANY_PORTS = ["--min-worker-port=0", "--max-worker-port=0"]
@@ -144,15 +138,6 @@ def serve(repository: Path, cluster: RayCluster) -> TritonServer:
     )
 
 
-def ask_all(server: TritonServer) -> list[tuple[int, ...]]:
-    sampling = SamplingOptions(max_tokens=32)
-    with Client(server.grpc_url) as client, ThreadPoolExecutor(len(PROMPTS)) as pool:
-        return [
-            completion.token_ids
-            for completion in pool.map(lambda prompt: client.generate(prompt, sampling=sampling), PROMPTS)
-        ]
-
-
 def test_ranks_on_two_nodes_give_the_tokens_of_one(
     cluster: RayCluster,
     triton_server: Callable[[Path], TritonServer],
@@ -162,20 +147,7 @@ def test_ranks_on_two_nodes_give_the_tokens_of_one(
     with serve(make_sharded_repository(2), cluster) as server:
         assert len({os.getsid(rank.pid) for rank in cluster.ranks()}) == 2
         assert ask_all(server) == ask_all(triton_server(demo_repository))
-    deadline = time.monotonic() + TIMEOUT_S
-    while cluster.ranks():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def wait_for_answer(client: Client) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline:
-        with contextlib.suppress(CapacityError):
-            assert client.generate("Hello", sampling=ONE_TOKEN, timeout_s=TIMEOUT_S).token_ids
-            return
-        time.sleep(0.2)
-    pytest.fail("the engine did not come back")
+    wait_until(lambda: not cluster.ranks())
 
 
 def test_a_killed_node_under_load(cluster: RayCluster, make_fake_repository: Callable[..., Path]) -> None:

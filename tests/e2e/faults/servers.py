@@ -14,17 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from asking import wait_until
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from trtforge.client.streaming import Client, SamplingOptions
-from trtforge.errors import CapacityError, ServerError, TrtforgeError
 
 TIMEOUT_S = 60
 NUM_BLOCKS = 8192
 MAX_MODEL_LEN = NUM_BLOCKS * 16
 ENDLESS = SamplingOptions(max_tokens=100_000)
-ONE_TOKEN = SamplingOptions(max_tokens=1)
 TRTFORGE = (sys.executable, "-m", "trtforge")
 SHM = Path("/dev/shm")
 HANGING_ENGINE = Path(__file__).with_name("hanging_engine.py")
@@ -121,34 +120,12 @@ def serving(repository: Path, *options: str) -> Iterator[Served]:
         process.communicate(timeout=TIMEOUT_S)
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def set_parameters(repository: Path, **parameters: object) -> None:
     path = repository / "llm" / "config.pbtxt"
     config = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
     for name, value in parameters.items():
         config.parameters[name].string_value = str(value)
     path.write_text(text_format.MessageToString(config))
-
-
-def wait_for_answer(client: Client) -> list[TrtforgeError]:
-    """Until the model answers; the errors on the way."""
-    errors: list[TrtforgeError] = []
-
-    def answers() -> bool:
-        try:
-            return bool(client.generate("Hello", sampling=ONE_TOKEN, timeout_s=TIMEOUT_S).token_ids)
-        except (CapacityError, ServerError) as error:
-            errors.append(error)
-            return False
-
-    wait_until(answers)
-    return errors
 
 
 def assert_gone(processes: list[psutil.Process], shm_regions: list[Path]) -> None:

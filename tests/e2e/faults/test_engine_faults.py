@@ -8,15 +8,13 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from asking import ONE_TOKEN, wait_for_answer, wait_until
 from faults.servers import (
     ENDLESS,
     MAX_MODEL_LEN,
-    ONE_TOKEN,
     TIMEOUT_S,
     TRTFORGE,
     Served,
-    wait_for_answer,
-    wait_until,
 )
 
 from trtforge.client.streaming import Client

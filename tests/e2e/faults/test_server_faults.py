@@ -10,17 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
+from asking import ONE_TOKEN, wait_for_answer, wait_until
 from faults.servers import (
     ENDLESS,
-    ONE_TOKEN,
     TIMEOUT_S,
     TRTFORGE,
     MakeRepository,
     Served,
     assert_gone,
     serving,
-    wait_for_answer,
-    wait_until,
 )
 
 from trtforge.client.streaming import SamplingOptions
