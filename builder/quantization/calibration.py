@@ -101,7 +101,7 @@ def _calibrate(
 ) -> Calibration:
     import modelopt.torch.quantization as mtq
 
-    dtype = getattr(torch, checkpoint.dtype)
+    dtype = _compute_dtype(getattr(torch, checkpoint.dtype))
     hf = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, trust_remote_code=False).eval()
     sequences = _sequences(checkpoint.path, texts)
     recipe = make_recipe(hf, quantization)
@@ -117,6 +117,16 @@ def _calibrate(
     with torch.no_grad():
         mtq.quantize(hf, recipe.config, run)
     return read_scales(hf, quantization)
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the model is run in: float32, for twice the memory, on a CPU that takes many times as long for
+    less."""
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype if dtype not in supported or supported[dtype]() else torch.float32
 
 
 def _sequences(folder: Path, texts: list[str]) -> torch.Tensor:
