@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import itertools
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,10 @@ from trtforge.builder.demo_model import fetch_demo_model
 from trtforge.builder.options import BuildOptions
 from trtforge.builder.repository import VERSION_FOLDER, install_triton_model
 from trtforge.manifest import KVCacheLayout, LayerCache, Limits, Manifest, ModelInfo, Rank
+
+# A shell has its background jobs ignore Ctrl-C, and with them all processes that tests start to send it to.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CACHE = Path(__file__).parents[1] / ".cache"
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
