@@ -32,7 +32,8 @@ from trtforge.engine_options import EngineOptions
 from trtforge.manifest import KVCacheLayout, LayerCache, Limits, Manifest, ModelInfo, Rank
 from trtforge.runtime.executor import Executor, ModelInputs
 from trtforge.runtime.executors.create import create_executor
-from trtforge.runtime.parallel.communicator import GroupShape, communicator_bytes
+from trtforge.runtime.parallel.communicator import GroupShape
+from trtforge.runtime.parallel.memory_communicator import communicator_bytes
 from trtforge.runtime.parallel.shared_memory import SharedMemory
 
 ROUNDS = 3
