@@ -10,7 +10,7 @@ from trtforge.client.streaming import Client, SamplingOptions
 from trtforge.client.triton_server import TritonServer
 from trtforge.errors import CapacityError, ServerError, TrtforgeError
 
-TIMEOUT_S = 120
+TIMEOUT_S = 60
 ONE_TOKEN = SamplingOptions(max_tokens=1)
 PROMPTS = (
     "The capital of France is",
@@ -28,23 +28,23 @@ def ask_all(server: TritonServer) -> list[tuple[int, ...]]:
         return [completion.token_ids for completion in completions]
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
+def wait_until(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
+    deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def wait_for_answer(client: Client) -> list[TrtforgeError]:
+def wait_for_answer(client: Client, timeout_s: float = TIMEOUT_S) -> list[TrtforgeError]:
     """Until the model answers; the errors on the way."""
     errors: list[TrtforgeError] = []
 
     def answers() -> bool:
         try:
-            return bool(client.generate("Hello", sampling=ONE_TOKEN, timeout_s=TIMEOUT_S).token_ids)
+            return bool(client.generate("Hello", sampling=ONE_TOKEN, timeout_s=timeout_s).token_ids)
         except (CapacityError, ServerError) as error:
             errors.append(error)
             return False
 
-    wait_until(answers)
+    wait_until(answers, timeout_s)
     return errors

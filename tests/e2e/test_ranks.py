@@ -13,7 +13,7 @@ from asking import ask_all, wait_for_answer
 
 from trtforge.client.streaming import Client, SamplingOptions
 from trtforge.client.triton_server import Ports, TritonServer
-from trtforge.errors import ServerError
+from trtforge.errors import CapacityError, ServerError
 
 pytestmark = pytest.mark.e2e
 
@@ -100,7 +100,8 @@ def test_a_killed_rank_under_load(
         assert {result for result in results if isinstance(result, int)} <= {MAX_TOKENS}
         wait_until_gone([engine, *ranks])
 
-        wait_for_answer(client)
+        errors = wait_for_answer(client)
+        assert all(isinstance(error, CapacityError) for error in errors), errors
     (new_engine,) = find_engines(repository)
     new_ranks = find_ranks(new_engine)
     assert len(new_ranks) == 4

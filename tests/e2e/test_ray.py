@@ -147,7 +147,7 @@ def test_ranks_on_two_nodes_give_the_tokens_of_one(
     with serve(make_sharded_repository(2), cluster) as server:
         assert len({os.getsid(rank.pid) for rank in cluster.ranks()}) == 2
         assert ask_all(server) == ask_all(triton_server(demo_repository))
-    wait_until(lambda: not cluster.ranks())
+    wait_until(lambda: not cluster.ranks(), TIMEOUT_S)
 
 
 def test_a_killed_node_under_load(cluster: RayCluster, make_fake_repository: Callable[..., Path]) -> None:
@@ -181,7 +181,8 @@ def test_a_killed_node_under_load(cluster: RayCluster, make_fake_repository: Cal
         with pytest.raises(CapacityError, match="is being restarted"):
             client.generate("Hello", sampling=ONE_TOKEN)
         cluster.add_node()
-        wait_for_answer(client)
+        errors = wait_for_answer(client, TIMEOUT_S)
+        assert all(isinstance(error, CapacityError) for error in errors), errors
         assert len(cluster.ranks()) == 2
 
 
